@@ -1,0 +1,269 @@
+"""The adjoint of one training step: pull K cotangents back through it.
+
+REPLAY (Engstrom et al. 2025, arXiv 2503.13751), section 3. One step is s' = U(s, g), with U the
+optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' is pulled back in two pulls:
+
+1. through U, which is elementwise:   Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
+2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
+                                      (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative an example.
+
+Both are autograd over the very functions that training calls (reverse over reverse). The first
+backward pass is traced once; the pull through it is batched over the K targets by `torch.vmap`.
+
+States are always computed by the operations that training uses. The adjoint only linearises around
+them, so it may use other, equivalent expressions where PyTorch's own have no second derivative:
+`Differentiable` lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .optim import safe_sqrt
+from .run import Run
+from .state import State
+
+
+class NotDifferentiable(RuntimeError):
+    """A part of the run or of the measure has no derivative PyTorch can give; the message names it."""
+
+
+# -- equivalent expressions that differentiate twice -----------------------------------------------------
+
+
+def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """F.batch_norm written out. PyTorch's own has no derivative with respect to the running statistics.
+
+    Ioffe & Szegedy 2015. In training the running variance is the unbiased one, and weight-0 examples
+    move the statistics like any other.
+    """
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if training:
+        count = x.numel() // x.shape[1]
+        mean = x.mean(axes)
+        variance = (x - mean.view(shape)).square().mean(axes)
+        if running_mean is not None:
+            running_mean.copy_(running_mean.lerp(mean, momentum))
+            running_var.copy_(running_var.lerp(variance * (count / (count - 1)), momentum))
+    else:
+        mean, variance = running_mean, running_var
+    x = (x - mean.view(shape)) / (variance + eps).sqrt().view(shape)
+    if weight is not None:
+        x = x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
+    return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _plain_attention(*args, **kwargs):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _plain_recurrence(f: Callable) -> Callable:
+    def call(*args, **kwargs):
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            return f(*args, **kwargs)
+
+    return call
+
+
+class Differentiable(TorchFunctionMode):
+    """Inside it, operations without a second derivative are replaced by equivalent ones."""
+
+    EQUIVALENT = {
+        F.batch_norm: batch_norm,
+        torch.batch_norm: _torch_batch_norm,
+        F.scaled_dot_product_attention: _plain_attention,
+        **{f: _plain_recurrence(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.EQUIVALENT.get(func, func)(*args, **(kwargs or {}))
+
+
+# -- pulling back ----------------------------------------------------------------------------------------
+
+
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fresh leaves to differentiate with respect to; integers (BatchNorm's counter) pass as they are."""
+    return {k: x.detach().requires_grad_(x.is_floating_point()) for k, x in tensors.items()}
+
+
+def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+    """The vector-Jacobian products of K cotangents, (K, *output) -> (K, *input), in one batched call."""
+    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    outputs, cotangents = [y for y, _ in pairs], [c for _, c in pairs]
+
+    def vjp(*rows):
+        return torch.autograd.grad(
+            outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    if len(cotangents[0]) == 1:
+        return tuple(x.unsqueeze(0) for x in vjp(*(c[0] for c in cotangents)))
+    try:
+        return torch.vmap(vjp)(*cotangents)
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "batch" not in str(error):
+            raise
+        warnings.warn(
+            f"the {len(cotangents[0])} targets are pulled back one by one, which is slower: {error}",
+            stacklevel=2,
+        )
+        rows = [vjp(*(c[k] for c in cotangents)) for k in range(len(cotangents[0]))]
+        return tuple(torch.stack(x) for x in zip(*rows, strict=True))
+
+
+@contextlib.contextmanager
+def naming_the_operation(where: str):
+    """Turn autograd's refusals into NotDifferentiable, naming the operation.
+
+    Yields a list for the traced outputs, whose graph is searched for the user's own autograd
+    Functions when PyTorch's message names none.
+    """
+    traced: list[Tensor] = []
+    try:
+        yield traced
+    except RuntimeError as error:
+        if "once_differentiable" in str(error):
+            what = f"{', '.join(_own_functions(traced))} cannot be differentiated twice: {error}"
+        elif "derivative" in str(error) or "differentiable" in str(error):
+            what = str(error)
+        else:
+            raise
+        raise NotDifferentiable(
+            f"{where}: {what}. The derivative of a training step is a second derivative of the model; "
+            "use an operation that has one"
+        ) from error
+
+
+def _own_functions(traced: list[Tensor]) -> list[str]:
+    seen, found, todo = set(), [], [x.grad_fn for x in traced]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.append(node.name())
+        todo += [parent for parent, _ in node.next_functions]
+    return found or ["an autograd Function"]
+
+
+def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple[State, Tensor]:
+    """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
+
+    cotangent  a State whose tensors have a leading axis K
+    returns    ∂φ/∂s_t in the same form, and what the step adds to ∂φ/∂w: (K, B), for batches[t]
+    """
+    t = state.step
+    with torch.enable_grad(), naming_the_operation(f"step {t}") as traced:
+        params, buffers = _leaves(state.params), _leaves(state.buffers)
+        weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
+        with Differentiable():
+            total, after = run.total(params, buffers, weight, t)
+        traced.append(total)
+        grads = torch.autograd.grad(total, list(params.values()), create_graph=True, allow_unused=True)
+        grads = {name: g for name, g in zip(params, grads, strict=True) if g is not None}
+
+        direct, grad_cotangent = _pull_update(run, state, grads, cotangent)
+
+        outputs = list(grads.values()) + list(after.values())
+        cotangents = [grad_cotangent[name] for name in grads]
+        cotangents += [cotangent.buffers.get(name) for name in after]
+        names = [name for name, b in buffers.items() if b.requires_grad]
+        inputs = [*params.values(), *(buffers[name] for name in names), weight]
+        *pulled, scores = pull(outputs, inputs, cotangents)
+    to_params = {
+        name: direct.params[name] + x for name, x in zip(params, pulled[: len(params)], strict=True)
+    }
+    to_buffers = dict(zip(names, pulled[len(params) :], strict=True))
+    return State(to_params, to_buffers, direct.slots, t), scores
+
+
+def _pull_update(run: Run, state: State, grads: dict, cotangent: State) -> tuple[State, dict]:
+    """The first pull, through the optimizer's update U: to the state directly, and to the gradient.
+
+    U is elementwise, so parameters with equal hyper-parameters and equal memory are laid end to end
+    and pulled back as one vector.
+    """
+    to_params, to_slots, to_grads = dict(cotangent.params), dict(cotangent.slots), {}
+    for names in _alike(run, state, grads):
+        hyper = run.hypers[state.step][run.group_of[names[0]]]
+        fixed = {k: x for k, x in state.slots[names[0]].items() if not x.is_floating_point()}
+        moving = [k for k in state.slots[names[0]] if k not in fixed]
+        flat = {"param": _lay([state.params[name] for name in names])}
+        flat["grad"] = _lay([grads[name].detach() for name in names])
+        flat |= {k: _lay([state.slots[name][k] for name in names]) for k in moving}
+        flat = _leaves(flat)
+        slots = fixed | {k: flat[k] for k in moving}
+        param, slots = run.rule(flat["param"], flat["grad"], slots, hyper, sqrt=safe_sqrt)
+        remembered = [k for k, x in slots.items() if x.is_floating_point()]
+        outputs = [param] + [slots[k] for k in remembered]
+        cotangents = [_lay([cotangent.params[name] for name in names], keep=1)]
+        cotangents += [_lay([cotangent.slots[name][k] for name in names], keep=1) for k in remembered]
+        pulled = dict(zip(flat, pull(outputs, list(flat.values()), cotangents), strict=True))
+        sizes = [state.params[name].numel() for name in names]
+        parts = {k: dict(zip(names, x.split(sizes, dim=1), strict=True)) for k, x in pulled.items()}
+        for name in names:
+            shape = cotangent.params[name].shape
+            to_params[name] = parts["param"][name].view(shape)
+            to_grads[name] = parts["grad"][name].view(shape)
+            to_slots[name] = {k: parts[k][name].view(shape) for k in moving}
+    return State(to_params, cotangent.buffers, to_slots, state.step), to_grads
+
+
+def _alike(run: Run, state: State, grads: dict) -> list[list[str]]:
+    """The names in `grads`, grouped by what their update depends on besides the elements themselves."""
+    groups: dict[tuple, list[str]] = {}
+    for name in grads:
+        p, slots = state.params[name], state.slots[name]
+        count = slots["step"].item() if "step" in slots else None
+        groups.setdefault((run.group_of[name], tuple(slots), count, p.dtype, p.device), []).append(name)
+    return list(groups.values())
+
+
+def _lay(tensors: list[Tensor], keep: int = 0) -> Tensor:
+    """Tensors laid end to end, all axes but the first `keep` flattened."""
+    return torch.cat([x.reshape(*x.shape[:keep], -1) for x in tensors], dim=keep)
+
+
+def measure_vjp(run: Run, state: State, measure: Callable) -> State:
+    """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
+    with torch.enable_grad(), naming_the_operation("measure") as traced:
+        params, buffers = _leaves(state.params), _leaves(state.buffers)
+        with Differentiable():
+            outputs = run.measured(measure, params, buffers)
+        traced.append(outputs)
+        if not outputs.requires_grad:
+            raise NotDifferentiable(
+                "measure does not depend on the model by any differentiable path; look for argmax, "
+                "rounding, no_grad(), detach() or .item() in it. A loss or a margin has a derivative, "
+                "an accuracy has none"
+            )
+        floating = [name for name, b in buffers.items() if b.requires_grad]
+        inputs = [*params.values(), *(buffers[name] for name in floating)]
+        one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+        pulled = pull([outputs], inputs, [one_each])
+    to_params = dict(zip(params, pulled[: len(params)], strict=True))
+    to_buffers = dict(zip(floating, pulled[len(params) :], strict=True))
+    to_slots = {
+        name: {
+            k: x.new_zeros(len(outputs), *x.shape) for k, x in slots.items() if x.is_floating_point()
+        }
+        for name, slots in state.slots.items()
+    }
+    return State(to_params, to_buffers, to_slots, state.step)

@@ -1,0 +1,167 @@
+"""What must be fixed for a training run to be a function, and the proof that it is.
+
+A run is a function of its data weights only if running it twice gives the same bits. Three things
+stand in the way: random numbers, operations whose result depends on the order in which threads
+finish, and kernels chosen by timing. `fix` removes them and says what it did; `fingerprint` turns
+"the same bits" into a string that can be printed and compared.
+
+What cannot be fixed here is recorded instead: the thread count, the device and the version of
+PyTorch all change the bits of a sum, so fingerprints are compared only between runs that share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class NotDeterministic(RuntimeError):
+    """An operation gives other bits when it is run again; the message names it."""
+
+
+class Settings:
+    """What `fix` has set, as {name: (before, now)}; restores it on `restore()` or leaving `with`."""
+
+    def __init__(self):
+        self.changed: dict[str, tuple] = {}
+        self.recorded = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        }
+        self._undo = contextlib.ExitStack()
+
+    def _set(self, name: str, read, write, value) -> None:
+        before = read()
+        self.changed[name] = (before, value)
+        self._undo.callback(write, before)
+        write(value)
+
+    def restore(self) -> None:
+        """Put every setting, and the random number generators, back as they were."""
+        self._undo.close()
+
+    def __enter__(self) -> Settings:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        rows = [f"{name:<34} {before!s:>10} -> {now}" for name, (before, now) in self.changed.items()]
+        rows += [f"{name:<34} {'recorded':>10}    {value}" for name, value in self.recorded.items()]
+        return "\n".join(rows)
+
+
+def _attribute(owner, name: str):
+    return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
+
+
+def _write_env(name: str):
+    def write(value: str | None) -> None:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+    return write
+
+
+def fix(seed: int | None = None) -> Settings:
+    """Make PyTorch deterministic, in one call.
+
+    Sets: deterministic algorithms (an operation that has none then raises), the cuBLAS workspace it
+    needs, cuDNN's deterministic kernels without benchmarking, full float32 precision instead of
+    TF32 and, if `seed` is given, the seeds of torch, numpy and random. The thread count is recorded,
+    not changed. Use it as `with magic.determinism.fix(seed=0): ...`, or call `.restore()` later;
+    either way the random number generators, too, go back to where they were.
+    """
+    settings = Settings()
+    settings._undo.callback(torch.set_rng_state, torch.get_rng_state())
+    if torch.cuda.is_available():
+        settings._undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+    settings._undo.callback(np.random.set_state, np.random.get_state())
+    settings._undo.callback(random.setstate, random.getstate())
+
+    settings._set(
+        "CUBLAS_WORKSPACE_CONFIG",
+        lambda: os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        _write_env("CUBLAS_WORKSPACE_CONFIG"),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    )
+    # Filling fresh memory with NaN is a debugging aid that costs time and changes no result.
+    memory = torch.utils.deterministic
+    settings._set("fill_uninitialized_memory", *_attribute(memory, "fill_uninitialized_memory"), False)
+    settings._set(
+        "deterministic_algorithms",
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+        True,
+    )
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)
+    settings._set("cudnn.benchmark", *_attribute(cudnn, "benchmark"), False)
+    settings._set("cudnn.allow_tf32", *_attribute(cudnn, "allow_tf32"), False)
+    settings._set("cuda.matmul.allow_tf32", *_attribute(matmul, "allow_tf32"), False)
+    if seed is not None:
+        settings.recorded["seed"] = seed
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    return settings
+
+
+def seed_step(seed: int, t: int) -> None:
+    """Seed torch for training step t of the run with this seed.
+
+    Dropout and every other use of torch's random numbers in step t is then a function of (seed, t):
+    the step can be replayed without remembering a generator's state. A plain loop that calls
+    `seed_step(seed, t)` at the top of step t draws the same numbers as `magic.Run(..., seed=seed)`.
+    """
+    # splitmix64: neighbouring (seed, t) give unrelated generators.
+    z = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    torch.manual_seed(z ^ (z >> 31))
+
+
+def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A digest (BLAKE2b, 64 bits) of each tensor's dtype, shape and bytes."""
+    digests = {}
+    for name, tensor in tensors.items():
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        h = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
+        h.update(raw)
+        digests[name] = h.hexdigest()
+    return digests
+
+
+def fingerprint(thing) -> str:
+    """16 hex digits that are equal exactly when all bits are: of a State, module, tensor or dict."""
+    if isinstance(thing, Tensor):
+        thing = {"": thing}
+    elif isinstance(thing, nn.Module):
+        thing = thing.state_dict()
+    elif hasattr(thing, "flatten"):
+        thing = thing.flatten()
+    parts = "".join(f"{name}={digest};" for name, digest in fingerprints(thing).items())
+    return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+
+
+@contextlib.contextmanager
+def naming_the_operation():
+    """Turn PyTorch's refusal of an operation that has no deterministic form into NotDeterministic."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or isinstance(error, NotDeterministic):
+            raise
+        raise NotDeterministic(
+            f"{str(error).split('.')[0]}. Replace that operation; a run that cannot be repeated has no "
+            "derivative"
+        ) from error

@@ -1,0 +1,390 @@
+"""Run: a training run as a pure function of its data weights.
+
+    s_{t+1} = step(s_t, batch_t, weights),    g_t = d/dparams  Σ wᵢ ℓᵢ(params, batch_t) / B
+
+MAGIC (Ilyas & Engstrom 2025, arXiv 2504.16430), section 2. With all weights 1 the states are, bit
+for bit, those of the plain loop
+
+    optimizer.zero_grad(); loss(model, x, y).mean().backward(); optimizer.step(); scheduler.step()
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import determinism, optim
+from .progress import bar
+from .state import State
+
+
+class NonFinite(ArithmeticError):
+    """A number of the run became NaN or infinite; the message says at which step and where."""
+
+
+class ReplayMismatch(RuntimeError):
+    """A recomputed state is not the one that training passed through; its derivative would be wrong."""
+
+
+def batches(n: int, size: int, epochs: int, seed: int = 0) -> Tensor:
+    """The order of training: a (T, B) tensor of indices into n examples, T = epochs · (n // size).
+
+    Each epoch is a fresh permutation; the n % size examples left over at its end are skipped, others
+    in each epoch, so that every batch has the same size. The order depends on `seed` alone.
+    """
+    if not 1 <= size <= n:
+        raise ValueError(f"size={size}: a batch holds between 1 and n={n} examples")
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs}: at least one epoch is needed")
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = n // size
+    orders = [torch.randperm(n, generator=generator)[: per_epoch * size] for _ in range(epochs)]
+    return torch.stack(orders).reshape(epochs * per_epoch, size)
+
+
+class _Call(nn.Module):
+    """f(model, ...) as a module's forward, so that functional_call can put tensors into the model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f: Callable, *args):
+        return f(self.model, *args)
+
+
+class Run:
+    """A deterministic training run, ready to be trained, replayed and differentiated.
+
+    model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
+               changed. It trains in the mode (train or eval) each of its modules is in now.
+    optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped
+    data       a tuple of tensors with the n examples first, or a map-style Dataset
+    loss       loss(model, *batch) -> (B,), one number per example
+    batches    a (T, B) index tensor, or a sequence of T index tensors
+    scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy
+    normalize  "batch": Σ wᵢℓᵢ / B with B the batch's size, as in MAGIC.
+               "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
+    seed       every random number that step t draws is a function of (seed, t)
+
+    Creating a Run tries its first step twice, so a mistake is told here and not after an hour.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data,
+        loss: Callable[..., Tensor],
+        batches: Tensor | Sequence,
+        scheduler=None,
+        *,
+        normalize: str = "batch",
+        seed: int = 0,
+    ):
+        if normalize not in ("batch", "weights"):
+            raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
+        _check_model(model)
+        self.rule, self.group_of = optim.read(optimizer, model)
+        self.data, self.n = _check_data(data)
+        self.batches = _check_batches(batches, self.n)
+        self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
+        self.loss, self.normalize, self.seed = loss, normalize, seed
+        self._model = _frozen_copy(model, keep=self.group_of)
+        self._call = _Call(self._model)
+        named = dict(self._model.named_parameters())
+        first = named[next(iter(self.group_of))]
+        self.device, self.dtype = first.device, first.dtype
+        self._passed: dict[str, dict[int, dict[str, str]]] = {}
+        params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
+        buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
+        slots = {name: {} for name in params}
+        self._constants: dict[str, Tensor] = {}
+        self.initial = self._try_first_step(State(params, buffers, slots))
+
+    # -- what a user calls -------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """T, the number of training steps."""
+        return len(self.batches)
+
+    def train(self, weights=None, progress: bool = True, *, allow_negative: bool = False) -> State:
+        """f(w): the final state. `weights` is (n,), or one number for all; None means 1.
+
+        Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
+        earlier run with these weights in this process passed through other states.
+        """
+        weights = self.weights(weights, allow_negative=allow_negative)
+        with determinism.fix(), bar(self.steps, "train", progress) as shown:
+            return self.advance(self.initial, self.steps, weights, shown)
+
+    def model(self, state: State) -> nn.Module:
+        """A fresh module holding this state's values, in eval mode, usable like any other."""
+        model = copy.deepcopy(self._model)
+        values = {**state.params, **state.buffers}
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name in values:
+                    tensor.copy_(values[name])
+        return model.eval()
+
+    def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
+        """Data weights as an (n,) tensor on the run's device, checked. None is 1; a number fills it."""
+        if weights is None or isinstance(weights, (int, float)):
+            weights = torch.full((self.n,), 1.0 if weights is None else float(weights))
+        weights = torch.as_tensor(weights).detach().to(self.device, self.dtype)
+        if weights.shape != (self.n,):
+            raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({self.n},)")
+        if not weights.isfinite().all():
+            raise ValueError(f"weights[{(~weights.isfinite()).nonzero()[0].item()}] is not finite")
+        if not allow_negative and (weights < 0).any():
+            raise ValueError(
+                f"weights[{(weights < 0).nonzero()[0].item()}] is negative, which trains away from an "
+                "example; if that is meant, pass allow_negative=True"
+            )
+        return weights
+
+    def fingerprint(self) -> str:
+        """16 hex digits of everything that defines the run but the code of model and loss."""
+        parts = {"s0": self.initial.fingerprint(), "hypers": self.hypers, "groups": self.group_of}
+        parts |= {"normalize": self.normalize, "seed": self.seed, "rule": self.rule.__name__}
+        parts["batches"] = determinism.fingerprint(torch.cat(self.batches))
+        parts["sizes"] = [len(b) for b in self.batches]
+        if isinstance(self.data, tuple):
+            parts["data"] = [determinism.fingerprint(x) for x in self.data]
+        text = torch.tensor(list(repr(parts).encode()), dtype=torch.uint8)
+        return determinism.fingerprint(text)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.initial.params.values())
+        return (
+            f"Run({type(self._model).__name__}, {count:,} parameters, n={self.n:,}, T={self.steps:,}, "
+            f"B={len(self.batches[0])}, {self.rule.__name__}, normalize={self.normalize!r}, {self.dtype})"
+        )
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def batch(self, t: int) -> tuple[Tensor, ...]:
+        """The examples of step t, on the model's device."""
+        indices = self.batches[t]
+        if isinstance(self.data, tuple):
+            return tuple(x[indices.to(x.device)].to(self.device) for x in self.data)
+        items = torch.utils.data.default_collate([self.data[i] for i in indices.tolist()])
+        items = items if isinstance(items, (tuple, list)) else (items,)
+        return tuple(x.to(self.device) for x in items)
+
+    def total(self, params: dict, buffers: dict, weight: Tensor, t: int) -> tuple[Tensor, dict]:
+        """The weighted loss of step t, a scalar, and the buffers after it.
+
+        `weight` is (B,), the data weights of the batch. Training calls this to step, the adjoint
+        calls it to linearise: there is one definition of what a step minimises.
+        """
+        determinism.seed_step(self.seed, t)
+        batch = self.batch(t)
+        losses, after = self.apply(self.loss, params, buffers, *batch)
+        _check_losses(losses, len(weight), t)
+        weight = weight.to(losses.dtype)
+        count = len(weight) if self.normalize == "batch" else weight.sum()
+        return (weight * losses).sum() / count, after
+
+    def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
+        """measure(model), (K,), with these tensors in the model and the model in eval mode."""
+        determinism.seed_step(self.seed, self.steps)
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            out, _ = self.apply(measure, params, buffers)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"measure returned {shape}; it must return K >= 1 numbers as a (K,) tensor "
+                '(reduction="none"; for a single number, .reshape(1))'
+            )
+        return out
+
+    def apply(self, f: Callable, params: dict, buffers: dict, *args) -> tuple:
+        """f(model, *args) with these tensors in the model, and the buffers it left."""
+        tensors = {f"model.{name}": x for name, x in params.items()}
+        tensors |= {f"model.{name}": x for name, x in self._constants.items()}
+        tensors |= {f"model.{name}": x.clone() for name, x in buffers.items()}
+        before = {name: x._version for name, x in self._constants.items()}
+        out = functional_call(self._call, tensors, (f, *args))
+        for name, x in self._constants.items():
+            if tensors[f"model.{name}"] is not x or x._version != before[name]:
+                raise RuntimeError(
+                    f"buffer {name!r} did not change in the first step and changes now; magic keeps "
+                    "only buffers that the first step changes. Let the first step change it, too"
+                )
+        return out, {name: tensors[f"model.{name}"] for name in buffers}
+
+    def step(self, state: State, weights: Tensor) -> State:
+        """h_t: s_t, batch_t, weights -> s_{t+1}. Pure: no argument is changed, nothing is remembered."""
+        t = state.step
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
+            weight = weights[self.batches[t].to(weights.device)]
+            total, buffers = self.total(leaves, state.buffers, weight, t)
+            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        if not math.isfinite(total.item()):
+            raise NonFinite(self._where_not_finite(state, weight, total))
+        params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]
+        for (name, p), grad in zip(state.params.items(), grads, strict=True):
+            if grad is None:  # not used in this step: PyTorch's optimizers pass it over, too
+                continue
+            if grad.is_sparse:
+                raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
+            params[name], slots[name] = self.rule(p, grad, slots[name], hyper[self.group_of[name]])
+        return State(params, {k: b.detach() for k, b in buffers.items()}, slots, t + 1)
+
+    def advance(self, state: State, to: int, weights: Tensor, shown) -> State:
+        """Step from `state` to step `to`, checking that known states come out again bit for bit."""
+        key = determinism.fingerprint(weights)
+        passed = self._passed.setdefault(key, {})
+        stride = max(1, self.steps // 16)
+        while state.step < to:
+            with determinism.naming_the_operation():
+                state = self.step(state, weights)
+            if state.step % stride == 0 or state.step == self.steps:
+                _compare(passed, state)
+            shown.update()
+        if to == self.steps:
+            _check_finite(state)
+        return state
+
+    def _where_not_finite(self, state: State, weight: Tensor, total: Tensor) -> str:
+        where = [name for name, x in state.flatten().items() if not x.isfinite().all()]
+        if self.normalize == "weights" and weight.sum() == 0:
+            cause = 'every example of its batch has weight 0; use normalize="batch" or larger batches'
+        elif where:
+            cause = f"{where[0]!r} is not finite; lower the learning rate or warm it up"
+        else:
+            cause = "a per-example loss is NaN or infinite while all parameters are finite; look at loss"
+        return f"step {state.step}: the loss is {total.item()}: {cause}"
+
+    def _try_first_step(self, start: State) -> State:
+        """s_0, with only the buffers that training changes; the others are constants of the run."""
+        before, weights = start.fingerprint(), self.weights()
+        frozen = determinism.fingerprint(self._model)
+        with determinism.fix(), determinism.naming_the_operation():
+            first, second = self.step(start, weights), self.step(start, weights)
+        if start.fingerprint() != before or determinism.fingerprint(self._model) != frozen:
+            raise ValueError(
+                "the model changes its parameters or buffers in place, behind autograd's back, during "
+                "the forward pass; return the new value, or do it in the optimizer"
+            )
+        if (name := _first_difference(first, second)) is not None:
+            raise determinism.NotDeterministic(
+                f"the same step gave two values of {name!r}; its random numbers must be torch's "
+                "(numpy's, Python's and the clock's cannot be replayed)"
+            )
+        changing = {
+            name: b for name, b in start.buffers.items() if not torch.equal(b, first.buffers[name])
+        }
+        self._constants = {k: b for k, b in start.buffers.items() if k not in changing}
+        return State(start.params, changing, start.slots)
+
+
+# -- what is refused, and how it says so ---------------------------------------------------------------
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
+                "derivative of such a run is invalid; use model.float() or model.double()"
+            )
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
+
+
+def _frozen_copy(model: nn.Module, keep) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(f"the model cannot be copied (copy.deepcopy): {error}") from error
+    for name, p in copied.named_parameters():
+        p.requires_grad_(name in keep)
+        p.grad = None
+    return copied
+
+
+def _check_data(data) -> tuple:
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, (tuple, list)):
+        lengths = [len(x) for x in data]
+        if not all(isinstance(x, Tensor) for x in data) or len(set(lengths)) != 1:
+            raise ValueError(f"data must be tensors of one length n; these have lengths {lengths}")
+        return tuple(x.detach() for x in data), lengths[0]
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return data, len(data)
+    raise TypeError(
+        f"data is a {type(data).__name__}; pass a tuple of tensors or a Dataset with len() and [i] "
+        "(not a DataLoader: which examples form a batch is said by `batches`)"
+    )
+
+
+def _check_batches(batches, n: int) -> list[Tensor]:
+    checked = [torch.as_tensor(b) for b in batches]
+    if not checked:
+        raise ValueError("batches is empty: a run has at least one step")
+    for t, indices in enumerate(checked):
+        if indices.dim() != 1 or len(indices) == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(
+                f"batches[{t}] has shape {tuple(indices.shape)} and type {indices.dtype}; "
+                "each batch is a non-empty 1-d tensor of example indices"
+            )
+        low, high = indices.min().item(), indices.max().item()
+        if low < 0 or high >= n:
+            raise IndexError(f"batches[{t}] asks for example {low if low < 0 else high}; data has 0 … {n - 1}")
+    return [indices.to(torch.int64) for indices in checked]
+
+
+def _check_losses(losses, count: int, t: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (count,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"step {t}: loss returned {shape}; it must return one number per example, ({count},): "
+            'use reduction="none"'
+        )
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"step {t}: the losses are {losses.dtype}; the derivative is invalid in this precision")
+    if not losses.requires_grad:
+        raise ValueError(
+            f"step {t}: the losses do not depend on the parameters by any differentiable path; "
+            "look for detach(), no_grad(), .item() or argmax in loss"
+        )
+
+
+def _check_finite(state: State) -> None:
+    for name, x in state.flatten().items():
+        if not x.isfinite().all():
+            raise NonFinite(f"step {state.step}: {name!r} is not finite; lower the learning rate or warm it up")
+
+
+def _first_difference(a: State, b: State) -> str | None:
+    digests, others = determinism.fingerprints(a.flatten()), determinism.fingerprints(b.flatten())
+    return next((name for name in digests if digests[name] != others.get(name)), None)
+
+
+def _compare(passed: dict[int, dict[str, str]], state: State) -> None:
+    """Remember what this state is, or compare it with what it was when training passed here."""
+    digests = determinism.fingerprints(state.flatten())
+    known = passed.setdefault(state.step, digests)
+    for name, digest in digests.items():
+        if known.get(name) != digest:
+            raise ReplayMismatch(
+                f"step {state.step}: {name!r} is not what it was when training passed here. Likely: "
+                "another thread count, an operation that is not deterministic, or data, model or loss "
+                "changed since. Make a new Run, and let nothing change under it"
+            )

@@ -1,0 +1,25 @@
+"""Where states are kept. A store knows places, not policies and not numerics."""
+
+from __future__ import annotations
+
+from .state import State
+
+
+class Memory:
+    """States kept where they are, on the model's device. A state never changes, so nothing is copied."""
+
+    def __init__(self):
+        self._states: dict[int, State] = {}
+        self.peak_states = 0
+        self.peak_bytes = 0
+
+    def save(self, t: int, state: State) -> None:
+        self._states[t] = state
+        self.peak_states = max(self.peak_states, len(self._states))
+        self.peak_bytes = max(self.peak_bytes, sum(s.nbytes for s in self._states.values()))
+
+    def load(self, t: int) -> State:
+        return self._states[t]
+
+    def drop(self, t: int) -> None:
+        del self._states[t]
