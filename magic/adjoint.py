@@ -12,7 +12,7 @@ backward pass is traced once; the pull through it is batched over the K targets 
 
 States are always computed by the operations that training uses. The adjoint only linearises around
 them, so it may use other, equivalent expressions where PyTorch's own have no second derivative:
-`Differentiable` lists them.
+`differentiable` lists them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .optim import safe_sqrt
@@ -65,33 +66,36 @@ def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn
     return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
-def _plain_attention(*args, **kwargs):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
-
-
-def _plain_recurrence(f: Callable) -> Callable:
+def _without_cudnn(f: Callable) -> Callable:
     def call(*args, **kwargs):
-        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.cudnn.flags(enabled=False):
             return f(*args, **kwargs)
 
     return call
 
 
-class Differentiable(TorchFunctionMode):
-    """Inside it, operations without a second derivative are replaced by equivalent ones."""
+class _Replace(TorchFunctionMode):
+    """Calls an equivalent of an operation in its place."""
 
     EQUIVALENT = {
         F.batch_norm: batch_norm,
         torch.batch_norm: _torch_batch_norm,
-        F.scaled_dot_product_attention: _plain_attention,
-        **{f: _plain_recurrence(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+        **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.EQUIVALENT.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def differentiable():
+    """Inside it, operations without a second derivative are replaced by equivalent ones.
+
+    Batch normalisation is written out, attention takes its plain form instead of a fused kernel, and
+    recurrent layers leave cuDNN.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Replace():
+        yield
 
 
 # -- pulling back ----------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple
     with torch.enable_grad(), naming_the_operation(f"step {t}") as traced:
         params, buffers = _leaves(state.params), _leaves(state.buffers)
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
-        with Differentiable():
+        with differentiable():
             total, after = run.total(params, buffers, weight, t)
         traced.append(total)
         grads = torch.autograd.grad(total, list(params.values()), create_graph=True, allow_unused=True)
@@ -245,7 +249,7 @@ def measure_vjp(run: Run, state: State, measure: Callable) -> State:
     """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
     with torch.enable_grad(), naming_the_operation("measure") as traced:
         params, buffers = _leaves(state.params), _leaves(state.buffers)
-        with Differentiable():
+        with differentiable():
             outputs = run.measured(measure, params, buffers)
         traced.append(outputs)
         if not outputs.requires_grad:

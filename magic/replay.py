@@ -19,6 +19,7 @@ from .progress import bar
 from .run import NonFinite, Run
 from .state import State
 from .store import Memory
+from .witness import check_step
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -112,6 +113,7 @@ def metagradient(run: Run, measure: Callable, weights: Tensor, plan: Plan, progr
                 case schedule.Adjoint(t):
                     if cotangent is None:  # the end of the first way down: one more step to s_T
                         final = run.advance(state, t + 1, weights, shown)
+                        check_step(run, state, weights)
                         outputs = measured_outputs(run, final, measure)
                         cotangent = measure_vjp(run, final, measure)
                         values = outputs.new_zeros(len(outputs), run.n)

@@ -95,8 +95,7 @@ class Run:
         self.batches = _check_batches(batches, self.n)
         self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
-        self._model = _frozen_copy(model, keep=self.group_of)
-        self._call = _Call(self._model)
+        self._adopt(_frozen_copy(model, keep=self.group_of))
         named = dict(self._model.named_parameters())
         first = named[next(iter(self.group_of))]
         self.device, self.dtype = first.device, first.dtype
@@ -106,6 +105,9 @@ class Run:
         slots = {name: {} for name in params}
         self._constants: dict[str, Tensor] = {}
         self.initial = self._try_first_step(State(params, buffers, slots))
+
+    def _adopt(self, model: nn.Module) -> None:
+        self._model, self._call = model, _Call(model)
 
     # -- what a user calls -------------------------------------------------------------------------
 

@@ -1,0 +1,180 @@
+"""attribute: how much does each training example move each measured output of the trained model?
+
+    τ_ki = ∂φ_k(f(w)) / ∂w_i,      predicted effect of removing a set D:  −Σ_{i∈D} τ_ki
+
+MAGIC (Ilyas & Engstrom 2025, arXiv 2504.16430), section 3. The derivative is exact; the prediction
+is its first-order use, and `magic.lds` says how well that holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .replay import Plan, metagradient, plan
+from .run import Run
+
+
+@dataclass(eq=False, repr=False)
+class Attribution:
+    """Scores of n training examples for K measured outputs, and what they predict.
+
+    values   (K, n): ∂φ_k/∂w_i. Negative: more of example i makes output k smaller
+    outputs  (K,): φ at the point where the derivative was taken
+    at       (n,): that point, data weights
+    run, measure   what was attributed; None after `load` unless given there
+    """
+
+    values: Tensor
+    outputs: Tensor
+    at: Tensor
+    run: Run | None = None
+    measure: Callable | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self):
+        k, n = self.values.shape if self.values.dim() == 2 else (None, None)
+        if k is None or self.outputs.shape != (k,) or self.at.shape != (n,):
+            raise ValueError(
+                f"values must be (K, n), outputs (K,) and at (n,); they are {tuple(self.values.shape)}, "
+                f"{tuple(self.outputs.shape)} and {tuple(self.at.shape)}"
+            )
+
+    def removal_effect(self, without: Iterable[int]) -> Tensor:
+        """(K,): predicted change of each measured output when these training examples are removed.
+
+        Raises IndexError for an index out of range and ValueError for one given twice.
+        """
+        indices = check_indices(without, self.values.shape[1])
+        return -self.values[:, indices.to(self.values.device)].sum(dim=1)
+
+    def predict(self, weights: Tensor) -> Tensor:
+        """(K,), or (S, K) for weights (S, n): predicted outputs at these data weights, to first order."""
+        moved = torch.as_tensor(weights).to(self.values) - self.at.to(self.values)
+        return self.outputs + moved @ self.values.T
+
+    def top(self, target: int = 0, k: int = 5):
+        """The k most helpful and the k most harmful examples for one output, read as a loss.
+
+        Helpful examples have the most negative scores: removing them makes the loss larger. A pandas
+        DataFrame when pandas is installed, else a list of dicts, with the example's index, its role,
+        its score and the predicted effect of removing it.
+        """
+        if not -len(self.values) <= target < len(self.values):
+            raise IndexError(f"target={target}: there are {len(self.values)} measured outputs")
+        scores = self.values[target].detach().cpu()
+        order = scores.argsort(stable=True).tolist()
+        k = min(k, len(order) // 2)
+        chosen = [("helpful", i) for i in order[:k]] + [("harmful", i) for i in order[::-1][:k]]
+        rows = [
+            {"role": role, "index": i, "score": scores[i].item(), "removal_effect": -scores[i].item()}
+            for role, i in chosen
+        ]
+        try:
+            import pandas
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the numbers (not run and measure) as a NumPy .npz without pickle, whole or not at all."""
+        path = os.fspath(path)
+        meta = {"format": 1, "run": self.run.fingerprint() if self.run else None}
+        arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
+        with open(path + ".part", "wb") as file:
+            np.savez(
+                file,
+                meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
+                **{name: x.detach().cpu().numpy() for name, x in arrays.items()},
+            )
+        os.replace(path + ".part", path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, run: Run | None = None, measure: Callable | None = None):
+        """Read what `save` wrote. With `run` given, refuse scores that were computed on another run."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = json.loads(file["meta"].tobytes())
+                values, outputs, at = (torch.from_numpy(file[k]) for k in ("values", "outputs", "at"))
+        except (KeyError, ValueError, EOFError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"{os.fspath(path)} was not written by Attribution.save: {error}") from error
+        if run is not None and meta["run"] not in (None, run.fingerprint()):
+            raise ValueError(
+                f"{os.fspath(path)} holds scores of run {meta['run']}; this run is {run.fingerprint()}. "
+                "Load without run=, or attribute this one"
+            )
+        return cls(values, outputs, at, run, measure)
+
+    def _summary(self) -> list[tuple[str, str]]:
+        k, n = self.values.shape
+        low, high = self.values.min().item(), self.values.max().item()
+        at = f"{self.at[0].item():g}" if (self.at == self.at[0]).all() else "a vector"
+        rows = [
+            ("measured outputs K", f"{k:,}"),
+            ("training examples n", f"{n:,}"),
+            ("derivative taken at w =", at),
+            ("scores from … to", f"{low:.3g} … {high:.3g}"),
+        ]
+        if self.plan is not None:
+            rows.append(("cost", str(self.plan)))
+        return rows
+
+    def __repr__(self) -> str:
+        return "Attribution\n" + "\n".join(f"  {name:<24} {value}" for name, value in self._summary())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{value}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table><caption>Attribution</caption>{rows}</table>"
+
+
+def attribute(
+    run: Run,
+    measure: Callable,
+    at: Tensor | float | None = None,
+    progress: bool = True,
+    *,
+    states: int | None = None,
+    memory: int | str = "1GB",
+) -> Attribution:
+    """The exact derivative of measure(trained model) with respect to every data weight.
+
+    measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
+             eval mode. All K are differentiated in one replay
+    at       where to differentiate: None for w = 1, a number for all examples, or an (n,) tensor
+    states   keep at most this many training states, s_0 counted; the others are recomputed
+    memory   or keep as many as fit into this many bytes; ignored when `states` is given
+
+    Raises NotDifferentiable, NonFinite or ReplayMismatch rather than return a wrong derivative.
+    """
+    weights = run.weights(at)
+    replay = metagradient(run, measure, weights, plan(run, states, memory), progress)
+    return Attribution(replay.values, replay.outputs, weights, run, measure, replay.plan)
+
+
+def check_indices(indices: Iterable[int], n: int) -> Tensor:
+    """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
+    if isinstance(indices, int):
+        indices = [indices]
+    given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu().reshape(-1)
+    if given.dtype == torch.bool or given.is_floating_point():
+        if len(given):
+            raise TypeError(f"examples are named by integer indices; these are {given.dtype}")
+        given = given.to(torch.int64)
+    outside = given[(given < 0) | (given >= n)]
+    if len(outside):
+        raise IndexError(f"example {outside[0].item()} does not exist; the data has 0 … {n - 1}")
+    if len(given.unique()) != len(given):
+        twice = given[(given.unsqueeze(0) == given.unsqueeze(1)).sum(0) > 1][0].item()
+        raise ValueError(f"example {twice} is named twice; it can be removed only once")
+    return given.to(torch.int64)

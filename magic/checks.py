@@ -1,0 +1,27 @@
+"""What a chapter ends its derivations with: compare with a reference, and claim only what holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compare(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6) -> None:
+    """Print whether two tensors agree: to the bit, or within a relative tolerance; raise if neither."""
+    mine, reference = torch.as_tensor(mine).detach(), torch.as_tensor(reference).detach()
+    if mine.shape != reference.shape:
+        raise AssertionError(f"{name}: shape {tuple(mine.shape)}, the reference has {tuple(reference.shape)}")
+    exact = torch.equal(mine, reference.to(mine.dtype))
+    scale = reference.abs().max().clamp_min(1e-300)
+    close = bool((mine - reference).abs().max() <= tolerance * scale)
+    print(f"{name:<34} {'same bits' if exact else f'agree to {tolerance:.0e}' if close else 'DIFFER'}")
+    if not (exact or close):
+        difference = ((mine - reference).abs().max() / scale).item()
+        raise AssertionError(f"{name}: the relative difference is {difference:.2e}, more than {tolerance:.0e}")
+
+
+def claim(text: str, holds: bool) -> None:
+    """Print a claim after asserting it, so that a stored output is a claim that held."""
+    if not holds:
+        raise AssertionError(f"does not hold: {text}")
+    print(f"✓ {text}")

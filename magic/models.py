@@ -1,0 +1,104 @@
+"""Small networks built to be smooth in the data weights.
+
+A derivative predicts well when training is smooth (Engstrom et al. 2025, section 4): GELU instead of
+ReLU, normalisation before the activation, average instead of max pooling, a scaled-down output.
+No bias stands in front of a normalisation: its gradient would be rounding noise, which Adam divides
+by itself.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Linear layers with GELU between them; images are flattened. `sizes` is input, hidden …, output."""
+
+    def __init__(self, sizes: tuple[int, ...] = (64, 128, 10)):
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            layers += [nn.Linear(inputs, outputs)]
+            layers += [nn.GELU()] if i < len(sizes) - 2 else []
+        super().__init__(*layers)
+
+
+def normalisation(kind: str, channels: int) -> nn.Module:
+    """A "batch" or "group" normalisation layer; groups of 8 channels, or one group of fewer."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(max(1, channels // 8), channels)
+    raise ValueError(f'norm={kind!r}: choose "group" or "batch"')
+
+
+def conv(inputs: int, outputs: int, norm: str) -> nn.Sequential:
+    """3×3 convolution without bias, normalisation, GELU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), normalisation(norm, outputs), nn.GELU()
+    )
+
+
+class ConvNet(nn.Module):
+    """Two convolutions, each with 2×2 average pooling, then linear: (B, channels, size, size) -> (B, classes).
+
+    Pooling with a fixed window: the adaptive one has no deterministic derivative on CUDA.
+    """
+
+    def __init__(
+        self, channels: int = 1, classes: int = 10, width: int = 32, size: int = 14, norm: str = "group"
+    ):
+        super().__init__()
+        self.features = nn.Sequential(
+            conv(channels, width, norm), nn.AvgPool2d(2), conv(width, 2 * width, norm), nn.AvgPool2d(2)
+        )
+        self.head = nn.Linear(2 * width * (size // 4) ** 2, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+class Residual(nn.Module):
+    """x + block(x)."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class ResNet9(nn.Module):
+    """The papers' vision model: (B, channels, H, W) -> (B, classes), H and W at least 8.
+
+    Nine weight layers after Page 2018 ("How to train your ResNet"). Normalisation stands before each
+    activation, pooling averages, and the output is scaled down, as metasmoothness asks. `width` is
+    the first layer's channels; the papers' size is 64.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        classes: int = 10,
+        width: int = 64,
+        norm: str = "batch",
+        scale: float = 0.125,
+    ):
+        super().__init__()
+        w, pool = width, nn.AvgPool2d(2)
+        self.features = nn.Sequential(
+            conv(channels, w, norm),
+            conv(w, 2 * w, norm),
+            pool,
+            Residual(nn.Sequential(conv(2 * w, 2 * w, norm), conv(2 * w, 2 * w, norm))),
+            conv(2 * w, 4 * w, norm),
+            pool,
+            conv(4 * w, 4 * w, norm),
+            pool,
+            Residual(nn.Sequential(conv(4 * w, 4 * w, norm), conv(4 * w, 4 * w, norm))),
+        )
+        self.head = nn.Linear(4 * w, classes, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.head(self.features(x).mean((2, 3)))

@@ -1,0 +1,63 @@
+"""The figures of the book: one style, one colour-blind-safe palette (seaborn's "colorblind")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#949494"  # blue, orange, grey
+
+
+def _libraries():
+    try:
+        import matplotlib.pyplot as plt
+        import seaborn as sns
+    except ImportError as error:
+        raise ImportError("figures need seaborn: pip install 'magic-attribution[notebooks]'") from error
+    return plt, sns
+
+
+def style() -> None:
+    """The book's style: white ground, light grid, the colour-blind palette, text that can be read."""
+    plt, sns = _libraries()
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
+    plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"})
+
+
+def images(pictures: Tensor, titles: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
+    """A grid of images (n, C, H, W), each with its title; returns the figure."""
+    plt, _ = _libraries()
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.7 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    colors = colors or ["black"] * len(pictures)
+    for ax, picture, title, color in zip(axes.flat, pictures.detach().cpu(), titles, colors, strict=False):
+        low, high = picture.min(), picture.max()
+        picture = ((picture - low) / (high - low + 1e-12)).permute(1, 2, 0).squeeze(-1)
+        ax.imshow(picture, cmap="gray_r" if picture.dim() == 2 else None, interpolation="nearest")
+        ax.set_title(title, fontsize=8, color=color)
+    return figure
+
+
+def predicted_against_true(result, ax=None, targets: int | None = 1):
+    """Predicted against true change of the measured outputs, a dot a retrained model; returns the axes.
+
+    `result` is what `magic.lds` returns; `targets` limits the dots to the first so many outputs.
+    """
+    plt, sns = _libraries()
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.4, 4.2))
+    predicted = (result.predicted - result.baseline)[:, :targets]
+    true = (result.true - result.baseline)[:, :targets]
+    low, high = (f(torch.cat([predicted, true])).item() for f in (torch.min, torch.max))
+    margin = 0.06 * (high - low)
+    ends = [low - margin, high + margin]
+    ax.plot(ends, ends, color=NEUTRAL, linewidth=1, zorder=1)
+    sns.scatterplot(x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2)
+    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
+    low, high = result.interval
+    ax.set_title(f"without {result.drop:.0%} of the data: LDS {result.mean:.3f} [{low:.3f}, {high:.3f}]")
+    return ax
