@@ -143,7 +143,7 @@ def naming_the_operation(where: str):
         yield traced
     except RuntimeError as error:
         if "once_differentiable" in str(error):
-            what = f"{', '.join(_own_functions(traced))} cannot be differentiated twice: {error}"
+            what = f"{own_functions(traced) or 'an autograd Function'} cannot be differentiated twice: {error}"
         elif "derivative" in str(error) or "differentiable" in str(error):
             what = str(error)
         else:
@@ -154,17 +154,18 @@ def naming_the_operation(where: str):
         ) from error
 
 
-def _own_functions(traced: list[Tensor]) -> list[str]:
-    seen, found, todo = set(), [], [x.grad_fn for x in traced]
+def own_functions(tensors: list[Tensor]) -> str:
+    """The names of the user's autograd Functions in the graphs of these tensors, comma-separated."""
+    seen, found, todo = set(), {}, [x.grad_fn for x in tensors]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found.append(node.name())
+            found[node.name()] = True
         todo += [parent for parent, _ in node.next_functions]
-    return found or ["an autograd Function"]
+    return ", ".join(found)
 
 
 def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple[State, Tensor]:

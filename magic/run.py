@@ -269,7 +269,11 @@ class Run:
         elif where:
             cause = f"{where[0]!r} is not finite; lower the learning rate or warm it up"
         else:
-            cause = "a per-example loss is NaN or infinite while all parameters are finite; look at loss"
+            largest = max(x.abs().max().item() for x in state.params.values() if x.numel())
+            cause = (
+                "a per-example loss is NaN or infinite while every parameter is finite (the largest is "
+                f"{largest:.3g}): look at loss, or lower the learning rate"
+            )
         return f"step {state.step}: the loss is {total.item()}: {cause}"
 
     def _try_first_step(self, start: State) -> State:

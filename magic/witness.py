@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import determinism
-from .adjoint import NotDifferentiable, differentiable, pull
+from .adjoint import NotDifferentiable, differentiable, naming_the_operation, own_functions, pull
 from .run import Run
 from .state import State
 
@@ -44,7 +44,8 @@ def check_step(run: Run, state: State, weights: Tensor) -> float | None:
         found = None
         for _ in range(2):
             direction = {name: _random(x, dice) * x for name, x in point.items()}
-            seen, true = _compare(gradient, point, direction, dice)
+            with naming_the_operation(f"step {state.step}"):
+                seen, true, own = _compare(gradient, point, direction, dice)
             if true is None:
                 continue
             found = abs(seen - true) / max(abs(seen), abs(true), 1e-300)
@@ -53,7 +54,8 @@ def check_step(run: Run, state: State, weights: Tensor) -> float | None:
                     f"step {state.step}: autograd's derivative of the step along a random direction is "
                     f"{seen:.6g}, a finite difference gives {true:.6g}. Something in the model or loss "
                     "acts behind autograd's back: look for detach(), .data, no_grad(), .item(), or an "
-                    "autograd Function with a wrong second derivative"
+                    "autograd Function that cannot be differentiated twice"
+                    + (f" (this run has {own})" if own else "")
                 )
         if found is None:
             _warn(state.step, "finite differences are not steady: either part of it is in low precision, or "
@@ -87,11 +89,15 @@ def _in_double(run: Run, state: State, weights: Tensor):
     return gradient, point
 
 
-def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float | None]:
-    """The derivative along `direction`, weighted at random: by autograd, and by differences if steady."""
+def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float | None, str]:
+    """The derivative along `direction`, weighted at random: by autograd, and by differences if steady.
+
+    With the names of the user's autograd Functions that it went through.
+    """
     with torch.enable_grad(), differentiable():
         leaves = {name: x.detach().requires_grad_() for name, x in point.items()}
         outputs = gradient(leaves, create_graph=True)
+        own = own_functions(outputs)
         # Each output tensor counts the same, whatever its size.
         rows = [_random(y, dice) / (y.detach().norm() + 1e-300) for y in outputs]
         pulled = pull(outputs, list(leaves.values()), [c.unsqueeze(0) for c in rows])
@@ -106,8 +112,8 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float
     for h in STEPS:
         near, far = ((along(k * h) - along(-k * h)) / (2 * k * h) for k in (1, 2))
         if abs(near - far) <= TOLERANCE * max(abs(near), abs(far)):
-            return seen, near
-    return seen, None
+            return seen, near, own
+    return seen, None, own
 
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:

@@ -1,0 +1,164 @@
+"""Attribution: what the object a user holds can do, and that its predictions come true."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import magic
+
+from . import cases
+
+
+@pytest.fixture(scope="module")
+def scored():
+    run, *_ = cases.build("sgd-momentum")
+    return run, magic.attribute(run, cases.measure_on(*run.data), progress=False)
+
+
+def test_shapes_and_outputs(scored):
+    run, scores = scored
+    assert scores.values.shape == (3, run.n) and scores.at.shape == (run.n,)
+    truth = cases.measure_on(*run.data)(run.model(run.train(progress=False)))
+    assert torch.equal(scores.outputs, truth.detach())
+
+
+def test_removal_effect_is_minus_the_sum(scored):
+    _, scores = scored
+    assert torch.equal(scores.removal_effect([4]), -scores.values[:, 4])
+    torch.testing.assert_close(scores.removal_effect([4, 9, 2]), -scores.values[:, [2, 4, 9]].sum(1))
+    assert torch.equal(scores.removal_effect([]), torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(scores.removal_effect(np.array([4])), scores.removal_effect(4))
+
+
+def test_small_changes_come_true(scored):
+    run, scores = scored
+    weights = run.weights() - 1e-4 * torch.rand(run.n, dtype=torch.float64)
+    measure = cases.measure_on(*run.data)
+    true = measure(run.model(run.train(weights, progress=False))) - scores.outputs
+    predicted = scores.predict(weights) - scores.outputs
+    assert true.abs().min() > 1e-7
+    torch.testing.assert_close(predicted, true.detach(), rtol=2e-3, atol=1e-9)
+
+
+def test_predict_takes_one_or_many(scored):
+    run, scores = scored
+    many = torch.rand(5, run.n, dtype=torch.float64)
+    assert scores.predict(many).shape == (5, 3)
+    torch.testing.assert_close(scores.predict(many)[2], scores.predict(many[2]))
+
+
+def test_the_point_of_the_derivative(scored):
+    run, scores = scored
+    there = magic.attribute(run, scores.measure, at=0.5, progress=False)
+    half = run.weights(0.5)
+    assert torch.equal(there.at, half)
+    torch.testing.assert_close(there.predict(half), there.outputs)
+    assert (there.values - scores.values).abs().max() > 1e-3
+
+
+def test_top(scored):
+    _, scores = scored
+    table = scores.top(1, k=4)
+    assert isinstance(table, pd.DataFrame) and len(table) == 8
+    helpful, harmful = table[table.role == "helpful"], table[table.role == "harmful"]
+    assert helpful.score.is_monotonic_increasing and harmful.score.is_monotonic_decreasing
+    assert helpful.score.iloc[0] == scores.values[1].min() and harmful.score.iloc[0] == scores.values[1].max()
+    assert (table.removal_effect == -table.score).all()
+    assert torch.equal(scores.values[1, table["index"].tolist()], torch.tensor(table["score"].tolist(), dtype=torch.float64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pandas", None)
+        assert scores.top(1, k=4) == table.to_dict("records")
+
+
+def test_repr(scored):
+    _, scores = scored
+    assert "40" in repr(scores) and "16 steps" in repr(scores)
+    assert "<table>" in scores._repr_html_() and "training examples" in scores._repr_html_()
+
+
+def test_save_and_load(scored, tmp_path):
+    run, scores = scored
+    path = tmp_path / "scores.npz"
+    scores.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.npz"]
+    with np.load(path, allow_pickle=False) as file:
+        assert set(file.files) == {"meta", "values", "outputs", "at"}
+    back = magic.Attribution.load(path, run, scores.measure)
+    for name in ("values", "outputs", "at"):
+        assert torch.equal(getattr(back, name), getattr(scores, name))
+    assert torch.equal(magic.Attribution.load(path).removal_effect([1]), scores.removal_effect([1]))
+    other, *_ = cases.build("adam")
+    with pytest.raises(ValueError, match="holds scores of run"):
+        magic.Attribution.load(path, other)
+    (tmp_path / "bad.npz").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not written by Attribution.save"):
+        magic.Attribution.load(tmp_path / "bad.npz")
+    with pytest.raises(FileNotFoundError):
+        magic.Attribution.load(tmp_path / "none.npz")
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"\(K, n\)"):
+        magic.Attribution(torch.zeros(3, 5), torch.zeros(2), torch.ones(5))
+
+
+@pytest.mark.parametrize("name", ["sgd", "batchnorm-adamw"])
+def test_the_same_scores_in_another_process(name, request):
+    run, *_ = cases.build(name)
+    here = magic.fingerprint(magic.attribute(run, cases.measure_on(*run.data), progress=False).values)
+    code = (
+        "import torch, magic; torch.set_num_threads(1)\nfrom tests import cases\n"
+        f"run = cases.build({name!r})[0]\n"
+        "print(magic.fingerprint(magic.attribute(run, cases.measure_on(*run.data), progress=False).values))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=request.config.rootpath
+    )
+    assert out.stdout.strip() == here
+
+
+def test_a_bias_before_a_normalisation_is_told():
+    """Its gradient is rounding noise, so no finite difference is steady: a warning, not silence."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    model = model.double()
+    run = magic.Run(model, cases.adam()(model), cases.data(), cases.loss, cases.order())
+    with pytest.warns(UserWarning, match="bias in front of a normalisation"):
+        magic.attribute(run, cases.measure_on(*run.data), progress=False)
+
+
+def test_no_warning_without_cause(scored):
+    run, scores = scored
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        magic.attribute(run, scores.measure, progress=False)
+
+
+def test_batching_falls_back_by_name():
+    """Where vmap cannot batch an operation, targets go back one by one, with a warning that says so."""
+
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if grad.abs().sum().item() < 0:  # .item() cannot be batched
+                raise AssertionError
+            return grad
+
+    run, *_ = cases.build("sgd")
+    measure = cases.measure_on(*run.data)
+
+    def odd(model):
+        return Odd.apply(measure(model))
+
+    with pytest.warns(UserWarning, match="one by one"):
+        together = magic.attribute(run, odd, progress=False)
+    torch.testing.assert_close(together.values, magic.attribute(run, measure, progress=False).values)
