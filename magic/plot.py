@@ -29,6 +29,7 @@ def style() -> None:
 def images(pictures: Tensor, titles: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
     """A grid of images (n, C, H, W), each with its title; returns the figure."""
     plt, _ = _libraries()
+    columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.7 * rows), squeeze=False)
     for ax in axes.flat:
@@ -59,5 +60,7 @@ def predicted_against_true(result, ax=None, targets: int | None = 1):
     sns.scatterplot(x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2)
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
     low, high = result.interval
-    ax.set_title(f"without {result.drop:.0%} of the data: LDS {result.mean:.3f} [{low:.3f}, {high:.3f}]")
+    ax.locator_params(nbins=5)
+    title = f"{len(true)} trainings without {result.drop:.0%} of the data"
+    ax.set_title(f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs")
     return ax
