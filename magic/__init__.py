@@ -1,9 +1,9 @@
 """magic: what would this trained model have predicted, had it been trained on other data?
 
-    run = magic.Run(model, optimizer, data=(x, y), loss=loss, batches=magic.batches(len(x), 250, 10))
-    scores = magic.attribute(run, measure)          # (K, n), exact
-    scores.removal_effect([42])                     # predicted change of each measured output
-    magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
+run = magic.Run(model, optimizer, data=(x, y), loss=loss, batches=magic.batches(len(x), 250, 10))
+scores = magic.attribute(run, measure)          # (K, n), exact
+scores.removal_effect([42])                     # predicted change of each measured output
+magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 """
 
 from . import determinism

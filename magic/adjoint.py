@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -74,17 +74,18 @@ def _without_cudnn(f: Callable) -> Callable:
     return call
 
 
+EQUIVALENT: dict[Callable, Callable] = {
+    F.batch_norm: batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+}
+
+
 class _Replace(TorchFunctionMode):
     """Calls an equivalent of an operation in its place."""
 
-    EQUIVALENT = {
-        F.batch_norm: batch_norm,
-        torch.batch_norm: _torch_batch_norm,
-        **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-    }
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.EQUIVALENT.get(func, func)(*args, **(kwargs or {}))
+        return EQUIVALENT.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -143,7 +144,9 @@ def naming_the_operation(where: str):
         yield traced
     except RuntimeError as error:
         if "once_differentiable" in str(error):
-            what = f"{own_functions(traced) or 'an autograd Function'} cannot be differentiated twice: {error}"
+            what = (
+                f"{own_functions(traced) or 'an autograd Function'} cannot be differentiated twice: {error}"
+            )
         elif "derivative" in str(error) or "differentiable" in str(error):
             what = str(error)
         else:
@@ -192,9 +195,7 @@ def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple
         names = [name for name, b in buffers.items() if b.requires_grad]
         inputs = [*params.values(), *(buffers[name] for name in names), weight]
         *pulled, scores = pull(outputs, inputs, cotangents)
-    to_params = {
-        name: direct.params[name] + x for name, x in zip(params, pulled[: len(params)], strict=True)
-    }
+    to_params = {name: direct.params[name] + x for name, x in zip(params, pulled[: len(params)], strict=True)}
     to_buffers = dict(zip(names, pulled[len(params) :], strict=True))
     return State(to_params, to_buffers, direct.slots, t), scores
 
@@ -202,33 +203,53 @@ def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple
 def _pull_update(run: Run, state: State, grads: dict, cotangent: State) -> tuple[State, dict]:
     """The first pull, through the optimizer's update U: to the state directly, and to the gradient.
 
-    U is elementwise, so parameters with equal hyper-parameters and equal memory are laid end to end
-    and pulled back as one vector.
+    U is elementwise: ∂output/∂input is a diagonal, one vector for each pair, and the same for all K
+    targets. Parameters with equal hyper-parameters and equal memory are laid end to end for it.
     """
     to_params, to_slots, to_grads = dict(cotangent.params), dict(cotangent.slots), {}
     for names in _alike(run, state, grads):
-        hyper = run.hypers[state.step][run.group_of[names[0]]]
-        fixed = {k: x for k, x in state.slots[names[0]].items() if not x.is_floating_point()}
-        moving = [k for k in state.slots[names[0]] if k not in fixed]
-        flat = {"param": _lay([state.params[name] for name in names])}
-        flat["grad"] = _lay([grads[name].detach() for name in names])
-        flat |= {k: _lay([state.slots[name][k] for name in names]) for k in moving}
-        flat = _leaves(flat)
-        slots = fixed | {k: flat[k] for k in moving}
-        param, slots = run.rule(flat["param"], flat["grad"], slots, hyper, sqrt=safe_sqrt)
-        remembered = [k for k, x in slots.items() if x.is_floating_point()]
-        outputs = [param] + [slots[k] for k in remembered]
-        cotangents = [_lay([cotangent.params[name] for name in names], keep=1)]
-        cotangents += [_lay([cotangent.slots[name][k] for name in names], keep=1) for k in remembered]
-        pulled = dict(zip(flat, pull(outputs, list(flat.values()), cotangents), strict=True))
+        diagonals = _diagonals(run, state, {name: grads[name].detach() for name in names})
         sizes = [state.params[name].numel() for name in names]
-        parts = {k: dict(zip(names, x.split(sizes, dim=1), strict=True)) for k, x in pulled.items()}
-        for name in names:
-            shape = cotangent.params[name].shape
-            to_params[name] = parts["param"][name].view(shape)
-            to_grads[name] = parts["grad"][name].view(shape)
-            to_slots[name] = {k: parts[k][name].view(shape) for k in moving}
+        pieces = {pair: x.split(sizes) for pair, x in diagonals.items()}
+        for i, name in enumerate(names):
+            coming = {"param": cotangent.params[name]} | cotangent.slots[name]
+            shape = state.params[name].shape
+            pulled = {kind: torch.zeros_like(coming["param"]) for kind in ("param", "grad")}
+            pulled |= {k: torch.zeros_like(coming["param"]) for k in _moving(state.slots[name])}
+            for (output, kind), piece in pieces.items():
+                pulled[kind].addcmul_(coming[output], piece[i].view(shape))
+            to_params[name], to_grads[name] = pulled.pop("param"), pulled.pop("grad")
+            to_slots[name] = pulled
     return State(to_params, cotangent.buffers, to_slots, state.step), to_grads
+
+
+def _diagonals(run: Run, state: State, grads: dict) -> dict[tuple[str, str], Tensor]:
+    """(output, input) -> ∂output/∂input of the update, elementwise, over these parameters end to end."""
+    names = list(grads)
+    slots = state.slots[names[0]]
+    flat = {"param": _lay(state.params[name] for name in names), "grad": _lay(grads.values())}
+    flat |= {k: _lay(state.slots[name][k] for name in names) for k in _moving(slots)}
+    flat = {k: x.detach().requires_grad_() for k, x in flat.items()}
+    hyper = run.hypers[state.step][run.group_of[names[0]]]
+    given = {k: flat.get(k, x) for k, x in slots.items()}
+    param, after = run.rule(flat["param"], flat["grad"], given, hyper, sqrt=safe_sqrt)
+    outputs = {"param": param} | {k: after[k] for k in _moving(after)}
+    found = {}
+    for output, y in outputs.items():
+        ones = torch.ones_like(y)
+        for kind, x in zip(
+            flat,
+            torch.autograd.grad(y, list(flat.values()), ones, retain_graph=True, allow_unused=True),
+            strict=True,
+        ):
+            if x is not None:
+                found[output, kind] = x
+    return found
+
+
+def _moving(slots: dict[str, Tensor]) -> list[str]:
+    """The slots that carry derivative: all but integer counters."""
+    return [k for k, x in slots.items() if x.is_floating_point()]
 
 
 def _alike(run: Run, state: State, grads: dict) -> list[list[str]]:
@@ -241,9 +262,9 @@ def _alike(run: Run, state: State, grads: dict) -> list[list[str]]:
     return list(groups.values())
 
 
-def _lay(tensors: list[Tensor], keep: int = 0) -> Tensor:
-    """Tensors laid end to end, all axes but the first `keep` flattened."""
-    return torch.cat([x.reshape(*x.shape[:keep], -1) for x in tensors], dim=keep)
+def _lay(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors laid end to end."""
+    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def measure_vjp(run: Run, state: State, measure: Callable) -> State:
@@ -266,9 +287,7 @@ def measure_vjp(run: Run, state: State, measure: Callable) -> State:
     to_params = dict(zip(params, pulled[: len(params)], strict=True))
     to_buffers = dict(zip(floating, pulled[len(params) :], strict=True))
     to_slots = {
-        name: {
-            k: x.new_zeros(len(outputs), *x.shape) for k, x in slots.items() if x.is_floating_point()
-        }
+        name: {k: x.new_zeros(len(outputs), *x.shape) for k, x in slots.items() if x.is_floating_point()}
         for name, slots in state.slots.items()
     }
     return State(to_params, to_buffers, to_slots, state.step)

@@ -17,7 +17,9 @@ def compare(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6)
     print(f"{name:<34} {'same bits' if exact else f'agree to {tolerance:.0e}' if close else 'DIFFER'}")
     if not (exact or close):
         difference = ((mine - reference).abs().max() / scale).item()
-        raise AssertionError(f"{name}: the relative difference is {difference:.2e}, more than {tolerance:.0e}")
+        raise AssertionError(
+            f"{name}: the relative difference is {difference:.2e}, more than {tolerance:.0e}"
+        )
 
 
 def claim(text: str, holds: bool) -> None:

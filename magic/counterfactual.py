@@ -91,7 +91,9 @@ def lds(
     nothing or everything, or a target whose true output does not vary.
     """
     if scores.run is None or scores.measure is None:
-        raise ValueError("these scores know no run and measure; give them to Attribution.load(path, run, measure)")
+        raise ValueError(
+            "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
+        )
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
     run, weights = scores.run, random_subsets(scores.run.n, drop, subsets, seed)
@@ -139,6 +141,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     try:
         from scipy.stats import rankdata
     except ImportError as error:
-        raise ImportError("rank correlations need scipy: pip install 'magic-attribution[notebooks]'") from error
+        raise ImportError(
+            "rank correlations need scipy: pip install 'magic-attribution[notebooks]'"
+        ) from error
     a, b = (rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b))
     return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

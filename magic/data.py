@@ -17,6 +17,8 @@ from torch import Tensor
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+
 FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 )  # fmt: skip
@@ -92,7 +94,7 @@ def _fashion_folder() -> Path:
     """The first folder that holds all four files; downloaded where there is none."""
     asked = os.environ.get("FASHION_MNIST")
     folders = [Path(asked)] if asked else []
-    folders += [Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw")]
+    folders += [DEBIAN, Path("data/FashionMNIST/raw")]
     files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     for folder in folders:
         if all((folder / name).exists() or (folder / f"{name}.gz").exists() for name in files):
@@ -100,7 +102,9 @@ def _fashion_folder() -> Path:
     try:
         _torchvision().FashionMNIST("data", download=True)
     except Exception as error:
-        raise RuntimeError(_no_data("Fashion-MNIST", "the four *-ubyte.gz files", "data/FashionMNIST/raw", error)) from error
+        raise RuntimeError(
+            _no_data("Fashion-MNIST", "the four *-ubyte.gz files", "data/FashionMNIST/raw", error)
+        ) from error
     return folders[-1]
 
 
@@ -108,14 +112,18 @@ def _torchvision():
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise ImportError("this data set needs torchvision: pip install 'magic-attribution[notebooks]'") from error
+        raise ImportError(
+            "this data set needs torchvision: pip install 'magic-attribution[notebooks]'"
+        ) from error
     return datasets
 
 
 def _no_data(name: str, files: str, folder: str, error: Exception) -> str:
     text = f"{name} is not on this machine and could not be downloaded ({type(error).__name__}: {error}). "
     if name == "Fashion-MNIST":
-        text += "On Debian or Ubuntu: apt-get install dataset-fashion-mnist. Or set FASHION_MNIST to a folder "
+        text += (
+            "On Debian or Ubuntu: apt-get install dataset-fashion-mnist. Or set FASHION_MNIST to a folder "
+        )
         return text + f"with {files}, or put them into {folder}. magic.data.digits() needs no download"
     return text + f"Put {files} into {folder}. magic.data.digits() needs no download"
 

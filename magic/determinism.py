@@ -127,7 +127,11 @@ def seed_step(seed: int, t: int) -> None:
     # splitmix64: neighbouring (seed, t) give unrelated generators.
     z = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    torch.manual_seed(z ^ (z >> 31))
+    z ^= z >> 31
+    # torch.manual_seed would do, but formats a stack trace on each call while CUDA is unused.
+    torch.default_generator.manual_seed(z)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(z)
 
 
 def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:

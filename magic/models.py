@@ -8,6 +8,8 @@ by itself.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -16,7 +18,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, sizes: tuple[int, ...] = (64, 128, 10)):
         layers: list[nn.Module] = [nn.Flatten()]
-        for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(pairwise(sizes)):
             layers += [nn.Linear(inputs, outputs)]
             layers += [nn.GELU()] if i < len(sizes) - 2 else []
         super().__init__(*layers)
@@ -39,7 +41,7 @@ def conv(inputs: int, outputs: int, norm: str) -> nn.Sequential:
 
 
 class ConvNet(nn.Module):
-    """Two convolutions, each with 2×2 average pooling, then linear: (B, channels, size, size) -> (B, classes).
+    """Two convolutions with 2×2 average pooling, then linear: (B, channels, size, size) -> (B, classes).
 
     Pooling with a fixed window: the adaptive one has no deterministic derivative on CUDA.
     """

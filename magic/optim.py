@@ -38,9 +38,7 @@ def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=None) -> tu
     return param.add(grad, alpha=-hyper["lr"]), slots
 
 
-def adam(
-    param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt
-) -> tuple[Tensor, Slots]:
+def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt) -> tuple[Tensor, Slots]:
     """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize."""
     lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
     if hyper["maximize"]:

@@ -23,7 +23,9 @@ def style() -> None:
     """The book's style: white ground, light grid, the colour-blind palette, text that can be read."""
     plt, sns = _libraries()
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
-    plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"})
+    plt.rcParams.update(
+        {"figure.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
+    )
 
 
 def images(pictures: Tensor, titles: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
@@ -57,10 +59,14 @@ def predicted_against_true(result, ax=None, targets: int | None = 1):
     margin = 0.06 * (high - low)
     ends = [low - margin, high + margin]
     ax.plot(ends, ends, color=NEUTRAL, linewidth=1, zorder=1)
-    sns.scatterplot(x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2)
+    sns.scatterplot(
+        x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2
+    )
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
     low, high = result.interval
     ax.locator_params(nbins=5)
     title = f"{len(true)} trainings without {result.drop:.0%} of the data"
-    ax.set_title(f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs")
+    ax.set_title(
+        f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs"
+    )
     return ax

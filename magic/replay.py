@@ -73,7 +73,9 @@ def plan(run: Run, states: int | None = None, memory: int | str = "1GB") -> Plan
     if states is None:
         states = parse_bytes(memory) // state_bytes
         if states < 1:
-            raise ValueError(f"memory={memory!r} holds not one state; the least that works is {state_bytes:,} bytes")
+            raise ValueError(
+                f"memory={memory!r} holds not one state; the least that works is {state_bytes:,} bytes"
+            )
     states = min(states, run.steps)
     draft = Plan(run.steps, states, state_bytes, 0)
     return Plan(run.steps, states, state_bytes, schedule.cost(draft.actions(), run.steps).extra)
@@ -134,10 +136,12 @@ def measured_outputs(run: Run, state: State, measure: Callable) -> Tensor:
 
 
 def _check_finite(scores: Tensor, cotangent: State, t: int) -> None:
-    tensors = {"scores": scores} | cotangent.flatten()
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise NonFinite(
-                f"the derivative became infinite or NaN at step {t}, in {name!r}: the training is "
-                "chaotic there. Lower the learning rate, or warm it up"
-            )
+    # What is not finite in the cotangent shows in the scores of the step before it.
+    if scores.isfinite().all():
+        return
+    tensors = cotangent.flatten() | {"scores": scores}
+    name = next(name for name, x in tensors.items() if not x.isfinite().all())
+    raise NonFinite(
+        f"the derivative became infinite or NaN at step {t}, first in {name!r}: the training is "
+        "chaotic there. Lower the learning rate, or warm it up"
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import determinism, optim
+from . import determinism, inputs, optim
 from .progress import bar
 from .state import State
 
@@ -89,13 +89,13 @@ class Run:
     ):
         if normalize not in ("batch", "weights"):
             raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
-        _check_model(model)
+        inputs.check_model(model)
         self.rule, self.group_of = optim.read(optimizer, model)
-        self.data, self.n = _check_data(data)
-        self.batches = _check_batches(batches, self.n)
+        self.data, self.n = inputs.check_data(data)
+        self.batches = inputs.check_batches(batches, self.n)
         self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
-        self._adopt(_frozen_copy(model, keep=self.group_of))
+        self._adopt(inputs.frozen_copy(model, keep=self.group_of))
         named = dict(self._model.named_parameters())
         first = named[next(iter(self.group_of))]
         self.device, self.dtype = first.device, first.dtype
@@ -190,7 +190,7 @@ class Run:
         determinism.seed_step(self.seed, t)
         batch = self.batch(t)
         losses, after = self.apply(self.loss, params, buffers, *batch)
-        _check_losses(losses, len(weight), t)
+        inputs.check_losses(losses, len(weight), t)
         weight = weight.to(losses.dtype)
         count = len(weight) if self.normalize == "batch" else weight.sum()
         return (weight * losses).sum() / count, after
@@ -292,90 +292,20 @@ class Run:
                 f"the same step gave two values of {name!r}; its random numbers must be torch's "
                 "(numpy's, Python's and the clock's cannot be replayed)"
             )
-        changing = {
-            name: b for name, b in start.buffers.items() if not torch.equal(b, first.buffers[name])
-        }
+        changing = {name: b for name, b in start.buffers.items() if not torch.equal(b, first.buffers[name])}
         self._constants = {k: b for k, b in start.buffers.items() if k not in changing}
         return State(start.params, changing, start.slots)
 
 
-# -- what is refused, and how it says so ---------------------------------------------------------------
-
-
-def _check_model(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
-                "derivative of such a run is invalid; use model.float() or model.double()"
-            )
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
-            raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
-
-
-def _frozen_copy(model: nn.Module, keep) -> nn.Module:
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise TypeError(f"the model cannot be copied (copy.deepcopy): {error}") from error
-    for name, p in copied.named_parameters():
-        p.requires_grad_(name in keep)
-        p.grad = None
-    return copied
-
-
-def _check_data(data) -> tuple:
-    if isinstance(data, Tensor):
-        data = (data,)
-    if isinstance(data, (tuple, list)):
-        lengths = [len(x) for x in data]
-        if not all(isinstance(x, Tensor) for x in data) or len(set(lengths)) != 1:
-            raise ValueError(f"data must be tensors of one length n; these have lengths {lengths}")
-        return tuple(x.detach() for x in data), lengths[0]
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return data, len(data)
-    raise TypeError(
-        f"data is a {type(data).__name__}; pass a tuple of tensors or a Dataset with len() and [i] "
-        "(not a DataLoader: which examples form a batch is said by `batches`)"
-    )
-
-
-def _check_batches(batches, n: int) -> list[Tensor]:
-    checked = [torch.as_tensor(b) for b in batches]
-    if not checked:
-        raise ValueError("batches is empty: a run has at least one step")
-    for t, indices in enumerate(checked):
-        if indices.dim() != 1 or len(indices) == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
-            raise ValueError(
-                f"batches[{t}] has shape {tuple(indices.shape)} and type {indices.dtype}; "
-                "each batch is a non-empty 1-d tensor of example indices"
-            )
-        low, high = indices.min().item(), indices.max().item()
-        if low < 0 or high >= n:
-            raise IndexError(f"batches[{t}] asks for example {low if low < 0 else high}; data has 0 … {n - 1}")
-    return [indices.to(torch.int64) for indices in checked]
-
-
-def _check_losses(losses, count: int, t: int) -> None:
-    if not isinstance(losses, Tensor) or losses.shape != (count,):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"step {t}: loss returned {shape}; it must return one number per example, ({count},): "
-            'use reduction="none"'
-        )
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"step {t}: the losses are {losses.dtype}; the derivative is invalid in this precision")
-    if not losses.requires_grad:
-        raise ValueError(
-            f"step {t}: the losses do not depend on the parameters by any differentiable path; "
-            "look for detach(), no_grad(), .item() or argmax in loss"
-        )
+# -- states compared --------------------------------------------------------------------------------
 
 
 def _check_finite(state: State) -> None:
     for name, x in state.flatten().items():
         if not x.isfinite().all():
-            raise NonFinite(f"step {state.step}: {name!r} is not finite; lower the learning rate or warm it up")
+            raise NonFinite(
+                f"step {state.step}: {name!r} is not finite; lower the learning rate or warm it up"
+            )
 
 
 def _first_difference(a: State, b: State) -> str | None:

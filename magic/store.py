@@ -10,16 +10,18 @@ class Memory:
 
     def __init__(self):
         self._states: dict[int, State] = {}
+        self._bytes = 0
         self.peak_states = 0
         self.peak_bytes = 0
 
     def save(self, t: int, state: State) -> None:
         self._states[t] = state
+        self._bytes += state.nbytes
         self.peak_states = max(self.peak_states, len(self._states))
-        self.peak_bytes = max(self.peak_bytes, sum(s.nbytes for s in self._states.values()))
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def load(self, t: int) -> State:
         return self._states[t]
 
     def drop(self, t: int) -> None:
-        del self._states[t]
+        self._bytes -= self._states.pop(t).nbytes

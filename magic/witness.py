@@ -58,8 +58,11 @@ def check_step(run: Run, state: State, weights: Tensor) -> float | None:
                     + (f" (this run has {own})" if own else "")
                 )
         if found is None:
-            _warn(state.step, "finite differences are not steady: either part of it is in low precision, or "
-                  "a gradient is rounding noise, as that of a bias in front of a normalisation is")
+            _warn(
+                state.step,
+                "finite differences are not steady: either part of it is in low precision, or "
+                "a gradient is rounding noise, as that of a bias in front of a normalisation is",
+            )
         return found
 
 
@@ -125,4 +128,6 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _warn(t: int, why: str) -> None:
-    warnings.warn(f"the derivative of step {t} could not be checked against the step itself: {why}", stacklevel=3)
+    warnings.warn(
+        f"the derivative of step {t} could not be checked against the step itself: {why}", stacklevel=3
+    )

@@ -122,7 +122,7 @@ scores
 
 # %% tags=["nbval-ignore-output"]
 top = scores.top(target=0, k=6)
-titles = [f"{row.role}\na {y[i]}, τ = {row.score:+.2f}" for i, row in zip(top["index"], top.itertuples())]
+titles = [f"{role}\na {y[i]}, τ = {score:+.2f}" for role, i, score, _ in top.itertuples(index=False)]
 colors = [plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]]
 plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors);
 

@@ -69,7 +69,9 @@ def test_top(scored):
     assert helpful.score.is_monotonic_increasing and harmful.score.is_monotonic_decreasing
     assert helpful.score.iloc[0] == scores.values[1].min() and harmful.score.iloc[0] == scores.values[1].max()
     assert (table.removal_effect == -table.score).all()
-    assert torch.equal(scores.values[1, table["index"].tolist()], torch.tensor(table["score"].tolist(), dtype=torch.float64))
+    assert torch.equal(
+        scores.values[1, table["index"].tolist()], torch.tensor(table["score"].tolist(), dtype=torch.float64)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pandas", None)
         assert scores.top(1, k=4) == table.to_dict("records")
@@ -96,7 +98,7 @@ def test_save_and_load(scored, tmp_path):
     with pytest.raises(ValueError, match="holds scores of run"):
         magic.Attribution.load(path, other)
     (tmp_path / "bad.npz").write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not written by Attribution.save"):
+    with pytest.raises(ValueError, match=r"not written by Attribution.save"):
         magic.Attribution.load(tmp_path / "bad.npz")
     with pytest.raises(FileNotFoundError):
         magic.Attribution.load(tmp_path / "none.npz")
@@ -125,7 +127,9 @@ def test_the_same_scores_in_another_process(name, request):
 def test_a_bias_before_a_normalisation_is_told():
     """Its gradient is rounding noise, so no finite difference is steady: a warning, not silence."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.GELU(), torch.nn.Linear(6, 3)
+    )
     model = model.double()
     run = magic.Run(model, cases.adam()(model), cases.data(), cases.loss, cases.order())
     with pytest.warns(UserWarning, match="bias in front of a normalisation"):

@@ -202,7 +202,10 @@ class Body(nn.Module):
     ("middle", "says"),
     [
         (Once.apply, "step 15.*differentiated twice.*OnceBackward"),
-        (lambda h: F.embedding_bag(torch.arange(20).view(10, 2) % len(h), h, mode="max"), "_embedding_bag_backward"),
+        (
+            lambda h: F.embedding_bag(torch.arange(20).view(10, 2) % len(h), h, mode="max"),
+            "_embedding_bag_backward",
+        ),
         (lambda h: F.gelu(h) * h.detach(), "step 15.*detach"),
         (lambda h: F.gelu(h) * torch.tensor(h.mean().item()), "step 15.*item"),
     ],
@@ -328,7 +331,7 @@ def test_a_batch_without_weight():
 
 
 def test_normalize():
-    with pytest.raises(ValueError, match='normalize=\'sum\'.*"batch"'):
+    with pytest.raises(ValueError, match=r"normalize='sum'.*batch"):
         run_with(normalize="sum")
 
 
@@ -380,5 +383,5 @@ def test_a_changed_row_is_caught():
     run = run_with(data=(x, y))
     run.train(progress=False)
     x[cases.order()[0][0]] += 1e-9
-    with pytest.raises(magic.ReplayMismatch, match="step 1: .* not what it was"):
+    with pytest.raises(magic.ReplayMismatch, match=r"step 1: .* not what it was"):
         magic.attribute(run, cases.measure_on(x, y), progress=False)

@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "progress", "state", "optim", "run", "adjoint", "witness", "schedule", "store",
+    "determinism", "progress", "inputs", "state", "optim", "run", "adjoint", "witness", "schedule", "store",
     "replay", "attribution", "counterfactual", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]

@@ -67,7 +67,10 @@ PRINT = (
 
 
 def test_same_bits_in_another_process(request):
-    here = [cases.build(n, torch.float32)[0].train(progress=False).fingerprint() for n in ("dropout", "batchnorm-adamw")]
+    here = [
+        cases.build(n, torch.float32)[0].train(progress=False).fingerprint()
+        for n in ("dropout", "batchnorm-adamw")
+    ]
     there = subprocess.run(
         [sys.executable, "-c", PRINT], capture_output=True, text=True, check=True, cwd=request.config.rootpath
     )
@@ -113,8 +116,12 @@ def test_a_dataset_and_its_augmentation_replay():
     assert run.n == cases.N
     first, second = run.train(progress=False), run.train(progress=False)
     assert first.fingerprint() == second.fingerprint()
-    still = magic.Run(model, cases.sgd()(model), Squares(0.0), cases.loss, cases.order()).train(progress=False)
-    plain = magic.Run(model, cases.sgd()(model), cases.data(), cases.loss, cases.order()).train(progress=False)
+    still = magic.Run(model, cases.sgd()(model), Squares(0.0), cases.loss, cases.order()).train(
+        progress=False
+    )
+    plain = magic.Run(model, cases.sgd()(model), cases.data(), cases.loss, cases.order()).train(
+        progress=False
+    )
     assert still.fingerprint() == plain.fingerprint() != first.fingerprint()
 
 

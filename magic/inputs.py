@@ -1,0 +1,87 @@
+"""What a Run refuses, and how it says so: what is wrong, where, and the way out."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def check_model(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
+                "derivative of such a run is invalid; use model.float() or model.double()"
+            )
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
+
+
+def frozen_copy(model: nn.Module, keep) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(f"the model cannot be copied (copy.deepcopy): {error}") from error
+    for name, p in copied.named_parameters():
+        p.requires_grad_(name in keep)
+        p.grad = None
+    return copied
+
+
+def check_data(data) -> tuple:
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, (tuple, list)):
+        lengths = [len(x) for x in data]
+        if not all(isinstance(x, Tensor) for x in data) or len(set(lengths)) != 1:
+            raise ValueError(f"data must be tensors of one length n; these have lengths {lengths}")
+        return tuple(x.detach() for x in data), lengths[0]
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return data, len(data)
+    raise TypeError(
+        f"data is a {type(data).__name__}; pass a tuple of tensors or a Dataset with len() and [i] "
+        "(not a DataLoader: which examples form a batch is said by `batches`)"
+    )
+
+
+def check_batches(batches, n: int) -> list[Tensor]:
+    checked = [torch.as_tensor(b) for b in batches]
+    if not checked:
+        raise ValueError("batches is empty: a run has at least one step")
+    for t, indices in enumerate(checked):
+        if (
+            indices.dim() != 1
+            or len(indices) == 0
+            or indices.is_floating_point()
+            or indices.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"batches[{t}] has shape {tuple(indices.shape)} and type {indices.dtype}; "
+                "each batch is a non-empty 1-d tensor of example indices"
+            )
+        low, high = indices.min().item(), indices.max().item()
+        if low < 0 or high >= n:
+            raise IndexError(
+                f"batches[{t}] asks for example {low if low < 0 else high}; data has 0 … {n - 1}"
+            )
+    return [indices.to(torch.int64) for indices in checked]
+
+
+def check_losses(losses, count: int, t: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (count,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"step {t}: loss returned {shape}; it must return one number per example, ({count},): "
+            'use reduction="none"'
+        )
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"step {t}: the losses are {losses.dtype}; the derivative is invalid in this precision"
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            f"step {t}: the losses do not depend on the parameters by any differentiable path; "
+            "look for detach(), no_grad(), .item() or argmax in loss"
+        )

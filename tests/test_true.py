@@ -1,0 +1,105 @@
+"""The predictions come true on real data, and memory stays within its bound."""
+
+import pytest
+import torch
+
+import magic
+from magic import data, models
+
+from . import cases
+
+
+def of_test_images(x, y, targets=10):
+    return lambda model: cases.loss(model, x[:targets], y[:targets])
+
+
+def accuracy(run, state, x, y):
+    return (run.model(state)(x).argmax(1) == y).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.digits(train=1200, test=500)
+
+
+def test_digits(digits, device):
+    """MLP 64-128-10, SGD at rate .1 without momentum, batch 100, 20 epochs: 96 %, LDS .99."""
+    x, y, x_test, y_test = (part.to(device) for part in digits)
+    torch.manual_seed(0)
+    model = models.MLP((64, 128, 10)).to(device)
+    order = magic.batches(len(x), size=100, epochs=20)
+    run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.1), (x, y), cases.loss, order)
+    assert accuracy(run, run.train(progress=False), x_test, y_test) >= 0.93
+    scores = magic.attribute(run, of_test_images(x_test, y_test), progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=40, progress=False)
+    print(result)
+    assert result.predicted.shape == result.true.shape == (40, 10)
+    assert result.mean >= 0.98 and result.interval[0] > 0.9
+    assert result.interval[0] <= result.mean <= result.interval[1]
+
+
+def test_fashion_mnist(device):
+    """ConvNet of width 16 with BatchNorm on 2,000 images of 14×14, SGD at rate .01 with momentum .9,
+    batch 100, 12 epochs: 79 %, LDS .99."""
+    try:
+        parts = data.fashion_mnist(train=2000, test=1000, size=14)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    x, y, x_test, y_test = (part.to(device) for part in parts)
+    torch.manual_seed(0)
+    model = models.ConvNet(width=16, norm="batch").to(device)
+    order = magic.batches(len(x), size=100, epochs=12)
+    run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), (x, y), cases.loss, order)
+    assert accuracy(run, run.train(progress=False), x_test, y_test) >= 0.75
+    scores = magic.attribute(run, of_test_images(x_test, y_test), progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=40, progress=False)
+    print(result)
+    assert result.mean >= 0.97
+
+
+def test_two_thousand_steps_in_sixteen_states(digits):
+    """The digits MLP over T = 2,000 steps: what is kept stays within the budget, and is said before."""
+    x, y, x_test, y_test = digits
+    torch.manual_seed(0)
+    model = models.MLP((64, 128, 10))
+    order = magic.batches(len(x), size=60, epochs=100)
+    run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), (x, y), cases.loss, order)
+    assert run.steps == 2000
+    plan = magic.plan(run, states=16)
+    assert "16 states kept" in str(plan) and "steps done again" in str(plan)
+    measure, weights = of_test_images(x_test, y_test, 2), run.weights()
+    replay = magic.replay.metagradient(run, measure, weights, plan, progress=False)
+    assert replay.peak_states <= 16
+    assert replay.peak_bytes <= 16 * plan.state_bytes
+    by_bytes = magic.plan(run, memory=16 * plan.state_bytes)
+    assert by_bytes == plan
+    assert replay.values.isfinite().all() and replay.values.abs().max() > 0
+
+
+def test_lds_of_a_perfect_and_of_a_random_prediction():
+    dice = torch.Generator().manual_seed(0)
+    true = torch.randn(60, 8, generator=dice)
+    judge = magic.counterfactual.judge
+    perfect = judge(true**3, true, true[0], 0.1)
+    assert perfect.mean == 1.0 and perfect.interval == (1.0, 1.0)
+    wrong = judge(torch.randn(60, 8, generator=dice), true, true[0], 0.1)
+    assert abs(wrong.mean) < 0.2 and wrong.interval[0] < 0 < wrong.interval[1]
+    assert judge(-true, true, true[0], 0.1).mean == -1.0
+
+
+def test_spearman_is_scipys():
+    from scipy.stats import spearmanr
+
+    dice = torch.Generator().manual_seed(0)
+    a, b = torch.randint(5, (30, 3), generator=dice).numpy(), torch.randn(30, 3, generator=dice).numpy()
+    ours = magic.counterfactual.spearman(a, b)
+    for k in range(3):
+        assert ours[k] == pytest.approx(spearmanr(a[:, k], b[:, k]).statistic, abs=1e-12)
+
+
+def test_random_subsets():
+    weights = magic.counterfactual.random_subsets(n=200, drop=0.05, subsets=7, seed=1)
+    assert weights.shape == (7, 200)
+    assert ((weights == 0).sum(1) == 10).all() and ((weights == 1).sum(1) == 190).all()
+    assert len({tuple(row.tolist()) for row in weights}) == 7
+    assert torch.equal(weights, magic.counterfactual.random_subsets(200, 0.05, 7, seed=1))
