@@ -66,6 +66,16 @@ def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn
     return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch._weight_norm written out, g v / ‖v‖ (Salimans & Kingma 2016).
+
+    In PyTorch 2.15 the second derivative of the fused form is wrong on the CPU (gradgradcheck fails),
+    without an error; `magic.witness` found it.
+    """
+    axes = [i for i in range(v.dim()) if dim == -1 or i != dim]  # -1: one norm for all of v
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
 def _without_cudnn(f: Callable) -> Callable:
     def call(*args, **kwargs):
         with torch.backends.cudnn.flags(enabled=False):
@@ -77,6 +87,7 @@ def _without_cudnn(f: Callable) -> Callable:
 EQUIVALENT: dict[Callable, Callable] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: _torch_batch_norm,
+    torch._weight_norm: weight_norm,
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 
@@ -92,7 +103,7 @@ class _Replace(TorchFunctionMode):
 def differentiable():
     """Inside it, operations without a second derivative are replaced by equivalent ones.
 
-    Batch normalisation is written out, attention takes its plain form instead of a fused kernel, and
+    Batch and weight normalisation are written out, attention takes its plain form instead of a fused kernel, and
     recurrent layers leave cuDNN.
     """
     with sdpa_kernel(SDPBackend.MATH), _Replace():
@@ -100,6 +111,9 @@ def differentiable():
 
 
 # -- pulling back ----------------------------------------------------------------------------------------
+
+
+CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,7 +134,7 @@ def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) 
     if len(cotangents[0]) == 1:
         return tuple(x.unsqueeze(0) for x in vjp(*(c[0] for c in cotangents)))
     try:
-        return torch.vmap(vjp)(*cotangents)
+        return torch.vmap(vjp, chunk_size=CHUNK)(*cotangents)
     except RuntimeError as error:
         if "vmap" not in str(error) and "batch" not in str(error):
             raise
@@ -148,7 +162,7 @@ def naming_the_operation(where: str):
                 f"{own_functions(traced) or 'an autograd Function'} cannot be differentiated twice: {error}"
             )
         elif "derivative" in str(error) or "differentiable" in str(error):
-            what = str(error)
+            what = str(error).rstrip(".")
         else:
             raise
         raise NotDifferentiable(
@@ -282,6 +296,14 @@ def measure_vjp(run: Run, state: State, measure: Callable) -> State:
             )
         floating = [name for name, b in buffers.items() if b.requires_grad]
         inputs = [*params.values(), *(buffers[name] for name in floating)]
+        if all(
+            g is None
+            for g in torch.autograd.grad(outputs.sum(), inputs, retain_graph=True, allow_unused=True)
+        ):
+            raise NotDifferentiable(
+                "measure does not depend on the model that it is given; it must call its argument, not a "
+                "model from outside"
+            )
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
         pulled = pull([outputs], inputs, [one_each])
     to_params = dict(zip(params, pulled[: len(params)], strict=True))

@@ -155,12 +155,15 @@ def attribute(
     at       where to differentiate: None for w = 1, a number for all examples, or an (n,) tensor
     states   keep at most this many training states, s_0 counted; the others are recomputed
     memory   or keep as many as fit into this many bytes; ignored when `states` is given
+    progress prints what the replay will keep and repeat before it starts, and shows a bar
 
     Raises NotDifferentiable, NonFinite or ReplayMismatch rather than return a wrong derivative.
     """
-    weights = run.weights(at)
-    replay = metagradient(run, measure, weights, plan(run, states, memory), progress)
-    return Attribution(replay.values, replay.outputs, weights, run, measure, replay.plan)
+    weights, cost = run.weights(at), plan(run, states, memory)
+    if progress:
+        print(cost)
+    replay = metagradient(run, measure, weights, cost, progress)
+    return Attribution(replay.values, replay.outputs, weights, run, measure, cost)
 
 
 def check_indices(indices: Iterable[int], n: int) -> Tensor:

@@ -39,9 +39,9 @@ def random_subsets(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
             f"use a fraction between {0.5 / n:.2g} and {1 - 0.5 / n:.6g}"
         )
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.ones(subsets, n)
+    weights = torch.ones(subsets, n, device="cpu")
     for row in weights:
-        row[torch.randperm(n, generator=generator)[:count]] = 0.0
+        row[torch.randperm(n, generator=generator, device="cpu")[:count]] = 0.0
     return weights
 
 

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 
 def check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise TypeError(
+                f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
+                "pass the original module (compiled._orig_mod)"
+            )
     for name, p in model.named_parameters():
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(

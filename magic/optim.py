@@ -45,7 +45,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt
         grad = -grad
     if not slots:
         zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-        slots = {"step": torch.zeros((), dtype=torch.int64), "exp_avg": zeros, "exp_avg_sq": zeros}
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
+        slots = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros}
         if hyper["amsgrad"]:
             slots["max_exp_avg_sq"] = zeros
     if hyper["weight_decay"] != 0:

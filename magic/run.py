@@ -43,7 +43,7 @@ def batches(n: int, size: int, epochs: int, seed: int = 0) -> Tensor:
         raise ValueError(f"epochs={epochs}: at least one epoch is needed")
     generator = torch.Generator().manual_seed(seed)
     per_epoch = n // size
-    orders = [torch.randperm(n, generator=generator)[: per_epoch * size] for _ in range(epochs)]
+    orders = [torch.randperm(n, generator=generator, device="cpu")[: per_epoch * size] for _ in range(epochs)]
     return torch.stack(orders).reshape(epochs * per_epoch, size)
 
 
@@ -236,6 +236,11 @@ class Run:
             weight = weights[self.batches[t].to(weights.device)]
             total, buffers = self.total(leaves, state.buffers, weight, t)
             grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError(
+                f"step {t}: the losses do not depend on the model that loss is given; it must call its "
+                "first argument, not a model from outside"
+            )
         if not math.isfinite(total.item()):
             raise NonFinite(self._where_not_finite(state, weight, total))
         params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]

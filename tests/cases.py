@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import magic
 from magic.determinism import seed_step
@@ -33,6 +34,10 @@ def batch_norm_mlp():
 
 def dropout_mlp():
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, CLASSES))
+
+
+def weight_norm_mlp():
+    return nn.Sequential(weight_norm(nn.Linear(FEATURES, 8)), nn.GELU(), nn.Linear(8, CLASSES))
 
 
 class Conv(nn.Module):
@@ -165,6 +170,7 @@ CASES = {
     "batchnorm-sgd": Case(batch_norm_mlp, sgd(momentum=0.9)),
     "batchnorm-adamw": Case(batch_norm_mlp, adamw()),
     "batchnorm-conv": Case(lambda: Conv("batch"), sgd(momentum=0.9, nesterov=True)),
+    "weightnorm": Case(weight_norm_mlp, sgd(momentum=0.9)),
     "groupnorm-conv": Case(lambda: Conv("group"), adamw()),
     "dropout": Case(dropout_mlp, adamw(), options={"seed": 5}),
     "lstm": Case(Recurrent, sgd(momentum=0.9)),

@@ -143,6 +143,38 @@ def test_no_warning_without_cause(scored):
         magic.attribute(run, scores.measure, progress=False)
 
 
+def test_the_cost_is_said_before(scored, capsys):
+    run, scores = scored
+    magic.attribute(run, scores.measure, states=4)
+    assert "replay of 16 steps: 4 states kept" in capsys.readouterr().out
+    magic.attribute(run, scores.measure, states=4, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_more_targets_than_go_back_at_once(scored, monkeypatch):
+    run, scores = scored
+    monkeypatch.setattr(magic.adjoint, "CHUNK", 2)
+    again = magic.attribute(run, scores.measure, progress=False)
+    torch.testing.assert_close(again.values, scores.values, rtol=1e-12, atol=1e-15)
+
+
+def test_one_tensor_of_data():
+    """A language model's data is one tensor; the loss takes what there is."""
+    torch.manual_seed(0)
+    tokens = torch.randint(20, (30, 6))
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.GELU(), torch.nn.Linear(8, 20)).double()
+
+    def next_token(model, tokens):
+        logits = model(tokens[:, :-1]).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").mean(1)
+
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    run = magic.Run(model, optimizer, tokens, next_token, magic.batches(30, 10, 3))
+    scores = magic.attribute(run, lambda model: next_token(model, tokens[:2]), progress=False)
+    assert scores.values.shape == (2, 30)
+    assert scores.values[0, 0] < 0, "an example helps itself"
+
+
 def test_batching_falls_back_by_name():
     """Where vmap cannot batch an operation, targets go back one by one, with a warning that says so."""
 

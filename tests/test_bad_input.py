@@ -175,6 +175,16 @@ def test_low_precision(dtype):
         run_with(cases.mlp().to(dtype))
 
 
+def test_a_compiled_model():
+    class Compiled(nn.Module):  # what torch.compile returns, without compiling
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+    with pytest.raises(TypeError, match="pass the original module"):
+        run_with(nn.Sequential(Compiled(cases.mlp())).double())
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -313,6 +323,16 @@ def test_gradient_hooks():
     model[0].weight.register_hook(lambda g: g.clamp(-1, 1))
     with pytest.raises(ValueError, match="gradient hooks"):
         run_with(model)
+
+
+def test_a_model_from_outside():
+    """The classic slip: the function uses a model from outside instead of the one it is given."""
+    outside = cases.mlp().double()
+    with pytest.raises(ValueError, match="must call its first argument"):
+        run_with(loss=lambda model, x, y: cases.loss(outside, x, y))
+    run = run_with()
+    with pytest.raises(magic.NotDifferentiable, match="must call its argument"):
+        magic.attribute(run, lambda model: cases.measure_on(*run.data)(outside), progress=False)
 
 
 def test_divergence_names_step_and_tensor():

@@ -140,3 +140,17 @@ def test_float32_is_float64_rounded():
     )
     assert rounded.values.dtype == torch.float32
     assert ((rounded.values - exact.values).norm() / exact.values.norm()) < 1e-3
+
+
+def test_the_witness_catches_pytorchs_own_mistakes(monkeypatch):
+    """The fused weight normalisation differentiates twice without error, and wrongly."""
+    v = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.rand(3, 1, dtype=torch.float64, requires_grad=True)
+    if torch.autograd.gradgradcheck(
+        lambda v, g: torch._weight_norm(v, g, 0).sin(), (v, g), raise_exception=False
+    ):
+        pytest.skip("this PyTorch differentiates it right")
+    monkeypatch.delitem(magic.adjoint.EQUIVALENT, torch._weight_norm)
+    run, *_ = cases.build("weightnorm")
+    with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
+        magic.attribute(run, cases.measure_on(*run.data), progress=False)

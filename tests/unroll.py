@@ -37,8 +37,17 @@ class TextbookBatchNorm(nn.Module):
         return self.weight.view(view) * x + self.bias.view(view)
 
 
+class TextbookWeightNorm(nn.Module):
+    """Salimans & Kingma 2016, equation 2, row by row."""
+
+    def forward(self, g, v):
+        return g * v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+
+
 def differentiable(model):
-    """The model with every BatchNorm replaced by its textbook form."""
+    """The model with every BatchNorm and weight normalisation replaced by its textbook form."""
+    if torch.nn.utils.parametrize.is_parametrized(model, "weight"):
+        model.parametrizations.weight[0] = TextbookWeightNorm()
     for name, child in model.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             setattr(model, name, TextbookBatchNorm(child))
