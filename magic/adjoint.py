@@ -72,7 +72,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     In PyTorch 2.15 the second derivative of the fused form is wrong on the CPU (gradgradcheck fails),
     without an error; `magic.witness` found it.
     """
-    axes = [i for i in range(v.dim()) if dim == -1 or i != dim]  # -1: one norm for all of v
+    axes = [i for i in range(v.dim()) if i != dim]  # dim = -1: one norm for all of v
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
