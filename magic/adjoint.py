@@ -72,7 +72,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     In PyTorch 2.15 the second derivative of the fused form is wrong on the CPU (gradgradcheck fails),
     without an error; `magic.witness` found it.
     """
-    axes = [i for i in range(v.dim()) if i != dim]  # dim = -1: one norm for all of v
+    kept = None if dim == -1 else dim % v.dim()  # -1: one norm for all of v
+    axes = [i for i in range(v.dim()) if i != kept]
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
@@ -103,8 +104,8 @@ class _Replace(TorchFunctionMode):
 def differentiable():
     """Inside it, operations without a second derivative are replaced by equivalent ones.
 
-    Batch and weight normalisation are written out, attention takes its plain form instead of a fused kernel, and
-    recurrent layers leave cuDNN.
+    Batch and weight normalisation are written out, attention takes its plain form instead of a fused
+    kernel, and recurrent layers leave cuDNN.
     """
     with sdpa_kernel(SDPBackend.MATH), _Replace():
         yield
