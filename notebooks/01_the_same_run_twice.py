@@ -222,7 +222,7 @@ model = torch.nn.Sequential(models.MLP((64, 128)), torch.nn.BatchNorm1d(128), to
 model = model.append(torch.nn.Linear(128, 10)).to(device)
 order = magic.batches(len(x), size=100, epochs=5)
 run = magic.Run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), (x, y), loss, order, seed=7)
-first, second = run.train(), run.train()
+first, second = run.train(progress=False), run.train(progress=False)
 claim("the same run twice: the same bits", first.fingerprint() == second.fingerprint())
 
 # %% [markdown]
@@ -264,7 +264,7 @@ claim("back at step 17, and on again: the same end", state.fingerprint() == firs
 
 # %%
 weights[42] -= 1e-6
-nearly = run.train(weights)
+nearly = run.train(weights, progress=False)
 claim("another fingerprint", nearly.fingerprint() != first.fingerprint())
 
 # %% [markdown]
