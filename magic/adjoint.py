@@ -5,7 +5,7 @@ optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' 
 
 1. through U, which is elementwise:   Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
 2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
-                                      (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative an example.
+                                      (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
 
 Both are autograd over the very functions that training calls (reverse over reverse). The first
 backward pass is traced once; the pull through it is batched over the K targets by `torch.vmap`.
@@ -148,7 +148,7 @@ def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) 
 
 
 @contextlib.contextmanager
-def naming_the_operation(where: str):
+def refusing(where: str):
     """Turn autograd's refusals into NotDifferentiable, naming the operation.
 
     Yields a list for the traced outputs, whose graph is searched for the user's own autograd
@@ -193,7 +193,7 @@ def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple
     returns    ∂φ/∂s_t in the same form, and what the step adds to ∂φ/∂w: (K, B), for batches[t]
     """
     t = state.step
-    with torch.enable_grad(), naming_the_operation(f"step {t}") as traced:
+    with torch.enable_grad(), refusing(f"step {t}") as traced:
         params, buffers = _leaves(state.params), _leaves(state.buffers)
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
         with differentiable():
@@ -284,7 +284,7 @@ def _lay(tensors: Iterable[Tensor]) -> Tensor:
 
 def measure_vjp(run: Run, state: State, measure: Callable) -> State:
     """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
-    with torch.enable_grad(), naming_the_operation("measure") as traced:
+    with torch.enable_grad(), refusing("measure") as traced:
         params, buffers = _leaves(state.params), _leaves(state.buffers)
         with differentiable():
             outputs = run.measured(measure, params, buffers)

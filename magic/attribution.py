@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .inputs import check_indices
 from .replay import Plan, metagradient, plan
 from .run import Run
 
@@ -146,7 +147,7 @@ def attribute(
     progress: bool = True,
     *,
     states: int | None = None,
-    memory: int | str = "1GB",
+    memory: float | str = "1GB",
 ) -> Attribution:
     """The exact derivative of measure(trained model) with respect to every data weight.
 
@@ -157,28 +158,11 @@ def attribute(
     memory   or keep as many as fit into this many bytes; ignored when `states` is given
     progress prints what the replay will keep and repeat before it starts, and shows a bar
 
-    Raises NotDifferentiable, NonFinite or ReplayMismatch rather than return a wrong derivative.
+    Raises NotDifferentiable, NonFinite or ReplayMismatch when one of its checks finds the derivative
+    wrong, and warns when a check could not be made.
     """
-    weights, cost = run.weights(at), plan(run, states, memory)
+    weights, planned = run.weights(at), plan(run, states, memory)
     if progress:
-        print(cost)
-    replay = metagradient(run, measure, weights, cost, progress)
-    return Attribution(replay.values, replay.outputs, weights, run, measure, cost)
-
-
-def check_indices(indices: Iterable[int], n: int) -> Tensor:
-    """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
-    if isinstance(indices, int):
-        indices = [indices]
-    given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu().reshape(-1)
-    if given.dtype == torch.bool or given.is_floating_point():
-        if len(given):
-            raise TypeError(f"examples are named by integer indices; these are {given.dtype}")
-        given = given.to(torch.int64)
-    outside = given[(given < 0) | (given >= n)]
-    if len(outside):
-        raise IndexError(f"example {outside[0].item()} does not exist; the data has 0 … {n - 1}")
-    if len(given.unique()) != len(given):
-        twice = given[(given.unsqueeze(0) == given.unsqueeze(1)).sum(0) > 1][0].item()
-        raise ValueError(f"example {twice} is named twice; it can be removed only once")
-    return given.to(torch.int64)
+        print(planned)
+    replay = metagradient(run, measure, weights, planned, progress)
+    return Attribution(replay.values, replay.outputs, weights, run, measure, planned)

@@ -11,7 +11,7 @@ def compare(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6)
     mine, reference = torch.as_tensor(mine).detach(), torch.as_tensor(reference).detach()
     if mine.shape != reference.shape:
         raise AssertionError(f"{name}: shape {tuple(mine.shape)}, the reference has {tuple(reference.shape)}")
-    exact = torch.equal(mine, reference.to(mine.dtype))
+    exact = mine.dtype == reference.dtype and torch.equal(_bits(mine), _bits(reference))
     scale = reference.abs().max().clamp_min(1e-300)
     close = bool((mine - reference).abs().max() <= tolerance * scale)
     print(f"{name:<34} {'same bits' if exact else f'agree to {tolerance:.0e}' if close else 'DIFFER'}")
@@ -20,6 +20,10 @@ def compare(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6)
         raise AssertionError(
             f"{name}: the relative difference is {difference:.2e}, more than {tolerance:.0e}"
         )
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
 
 
 def claim(text: str, holds: bool) -> None:

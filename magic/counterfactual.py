@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attribution import Attribution, check_indices
+from . import determinism
+from .attribution import Attribution
+from .inputs import check_indices
 from .progress import bar
 from .replay import measured_outputs
 from .run import Run
@@ -50,6 +52,8 @@ class LDS:
     """Predicted against true outputs over random subsets.
 
     predicted, true  (S, K): outputs of S retrained models
+    baseline         (K,): outputs with nothing removed
+    drop             the fraction of the examples that each subset lacks
     per_target       (K,): Spearman correlation of each target's column
     mean             their mean
     interval         its 95 % bootstrap interval, over subsets and targets
@@ -64,7 +68,7 @@ class LDS:
     interval: tuple[float, float]
 
     def plot(self, ax=None, targets: int | None = 1):
-        """Predicted against true change, one dot a retrained model; the diagonal is exactness."""
+        """Predicted against true change, one dot per retrained model; the diagonal is exactness."""
         from .plot import predicted_against_true
 
         return predicted_against_true(self, ax=ax, targets=targets)
@@ -87,7 +91,7 @@ def lds(
 ) -> LDS:
     """Retrain without `subsets` random sets of a fraction `drop`, and compare with the prediction.
 
-    Takes `subsets` trainings. Raises ValueError for fewer than 3 subsets, a fraction that rounds to
+    Takes `subsets` + 1 trainings. Raises ValueError for fewer than 3 subsets, a fraction that rounds to
     nothing or everything, or a target whose true output does not vary.
     """
     if scores.run is None or scores.measure is None:
@@ -97,16 +101,15 @@ def lds(
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
     run, weights = scores.run, random_subsets(scores.run.n, drop, subsets, seed)
-    predicted = scores.predict(weights).cpu()
-    true = true_outputs(run, scores.measure, weights, progress).cpu()
-    baseline = true_outputs(run, scores.measure, torch.ones(1, run.n), progress)[0].cpu()
-    return judge(predicted, true, baseline, drop, seed)
+    everything = torch.ones(1, run.n, device="cpu")
+    outputs = true_outputs(run, scores.measure, torch.cat([everything, weights]), progress).cpu()
+    return judge(scores.predict(weights).cpu(), outputs[1:], outputs[0], drop, seed)
 
 
 def true_outputs(run: Run, measure: Callable, weights: Tensor, progress: bool = True) -> Tensor:
     """(S, K): measured outputs of the models trained with each row of `weights`, (S, n)."""
     rows = []
-    with bar(len(weights), "retrain", progress) as shown:
+    with determinism.fix(), bar(len(weights), "retrain", progress) as shown:
         for row in weights:
             rows.append(measured_outputs(run, run.train(row, progress=False), measure))
             shown.update()

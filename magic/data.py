@@ -93,12 +93,13 @@ def _some(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def _fashion_folder() -> Path:
     """The first folder that holds all four files; downloaded where there is none."""
     asked = os.environ.get("FASHION_MNIST")
-    folders = [Path(asked)] if asked else []
-    folders += [DEBIAN, Path("data/FashionMNIST/raw")]
+    folders = [Path(asked)] if asked else [DEBIAN, Path("data/FashionMNIST/raw")]
     files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     for folder in folders:
         if all((folder / name).exists() or (folder / f"{name}.gz").exists() for name in files):
             return folder
+    if asked:
+        raise FileNotFoundError(f"FASHION_MNIST is {asked}, which does not hold {', '.join(files)} (or .gz)")
     try:
         _torchvision().FashionMNIST("data", download=True)
     except Exception as error:

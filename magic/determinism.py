@@ -5,6 +5,10 @@ stand in the way: random numbers, operations whose result depends on the order i
 finish, and kernels chosen by timing. `fix` removes them and says what it did; `fingerprint` turns
 "the same bits" into a string that can be printed and compared.
 
+Importing this module sets the environment variable CUBLAS_WORKSPACE_CONFIG to ":4096:8" unless it is
+set already: cuBLAS reads it once, at a process's first matrix product on CUDA, and without it has no
+deterministic form.
+
 What cannot be fixed here is recorded instead: the thread count, the device and the version of
 PyTorch all change the bits of a sum, so fingerprints are compared only between runs that share them.
 """
@@ -20,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 class NotDeterministic(RuntimeError):
     """An operation gives other bits when it is run again; the message names it."""
@@ -34,14 +40,16 @@ class Settings:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         }
         self._undo = contextlib.ExitStack()
 
     def _set(self, name: str, read, write, value) -> None:
         before = read()
         self.changed[name] = (before, value)
-        self._undo.callback(write, before)
-        write(value)
+        if before != value:
+            self._undo.callback(write, before)
+            write(value)
 
     def restore(self) -> None:
         """Put every setting, and the random number generators, back as they were."""
@@ -63,38 +71,35 @@ def _attribute(owner, name: str):
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
-def _write_env(name: str):
-    def write(value: str | None) -> None:
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-    return write
-
-
 def fix(seed: int | None = None) -> Settings:
     """Make PyTorch deterministic, in one call.
 
-    Sets: deterministic algorithms (an operation that has none then raises), the cuBLAS workspace it
-    needs, cuDNN's deterministic kernels without benchmarking, full float32 precision instead of
-    TF32 and, if `seed` is given, the seeds of torch, numpy and random. The thread count is recorded,
-    not changed. Use it as `with magic.determinism.fix(seed=0): ...`, or call `.restore()` later;
-    either way the random number generators, too, go back to where they were.
+    Sets: deterministic algorithms (an operation that has none then raises), cuDNN's deterministic
+    kernels without benchmarking, full float32 precision instead of TF32 and, if `seed` is given, the
+    seeds of torch, numpy and random. The thread count is recorded, not changed. Use it as
+    `with magic.determinism.fix(seed=0): ...`, or call `.restore()` later; either way the random
+    number generators, too, go back to where they were.
     """
     settings = Settings()
+    try:
+        _fix(settings)
+    except BaseException:
+        settings.restore()
+        raise
+    if seed is not None:
+        settings.recorded["seed"] = seed
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    return settings
+
+
+def _fix(settings: Settings) -> None:
     settings._undo.callback(torch.set_rng_state, torch.get_rng_state())
     if torch.cuda.is_available():
         settings._undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
     settings._undo.callback(np.random.set_state, np.random.get_state())
     settings._undo.callback(random.setstate, random.getstate())
-
-    settings._set(
-        "CUBLAS_WORKSPACE_CONFIG",
-        lambda: os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        _write_env("CUBLAS_WORKSPACE_CONFIG"),
-        os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    )
     # Filling fresh memory with NaN is a debugging aid that costs time and changes no result.
     memory = torch.utils.deterministic
     settings._set("fill_uninitialized_memory", *_attribute(memory, "fill_uninitialized_memory"), False)
@@ -107,14 +112,8 @@ def fix(seed: int | None = None) -> Settings:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)
     settings._set("cudnn.benchmark", *_attribute(cudnn, "benchmark"), False)
-    settings._set("cudnn.allow_tf32", *_attribute(cudnn, "allow_tf32"), False)
-    settings._set("cuda.matmul.allow_tf32", *_attribute(matmul, "allow_tf32"), False)
-    if seed is not None:
-        settings.recorded["seed"] = seed
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-    return settings
+    for name, owner in (("cuda.matmul", matmul), ("cudnn.conv", cudnn.conv), ("cudnn.rnn", cudnn.rnn)):
+        settings._set(f"{name}.fp32_precision", *_attribute(owner, "fp32_precision"), "ieee")
 
 
 def seed_step(seed: int, t: int) -> None:
@@ -124,7 +123,7 @@ def seed_step(seed: int, t: int) -> None:
     the step can be replayed without remembering a generator's state. A plain loop that calls
     `seed_step(seed, t)` at the top of step t draws the same numbers as `magic.Run(..., seed=seed)`.
     """
-    # splitmix64: neighbouring (seed, t) give unrelated generators.
+    # A round after splitmix64: neighbouring (seed, t) give unrelated generators.
     z = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z ^= z >> 31
@@ -146,7 +145,10 @@ def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def fingerprint(thing) -> str:
-    """16 hex digits that are equal exactly when all bits are: of a State, module, tensor or dict."""
+    """16 hex digits (BLAKE2b) of every bit of a State, module, tensor or dict of tensors.
+
+    Equal for equal bits; different for different ones, but for a chance of 2⁻⁶⁴.
+    """
     if isinstance(thing, Tensor):
         thing = {"": thing}
     elif isinstance(thing, nn.Module):
@@ -158,14 +160,20 @@ def fingerprint(thing) -> str:
 
 
 @contextlib.contextmanager
-def naming_the_operation():
+def refusing():
     """Turn PyTorch's refusal of an operation that has no deterministic form into NotDeterministic."""
     try:
         yield
     except RuntimeError as error:
-        if "deterministic" not in str(error) or isinstance(error, NotDeterministic):
+        what = str(error)
+        if "deterministic" not in what.lower() or isinstance(error, NotDeterministic):
             raise
+        if "CUBLAS_WORKSPACE_CONFIG" in what:
+            raise NotDeterministic(
+                "cuBLAS was first used without CUBLAS_WORKSPACE_CONFIG, which it reads only once: "
+                "import magic before the first matrix product on CUDA, or set the variable to :4096:8, "
+                "and start the process again"
+            ) from error
         raise NotDeterministic(
-            f"{str(error).split('.')[0]}. Replace that operation; a run that cannot be repeated has no "
-            "derivative"
+            f"{what.split('. ')[0]}. Replace that operation; a run that cannot be repeated has no derivative"
         ) from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 
 def check_model(model: nn.Module) -> None:
+    """Raise TypeError or ValueError for a model whose training cannot be differentiated exactly."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             raise TypeError(
@@ -26,6 +28,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def frozen_copy(model: nn.Module, keep) -> nn.Module:
+    """A copy of the model in which only the parameters named in `keep` require a gradient."""
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -37,11 +40,18 @@ def frozen_copy(model: nn.Module, keep) -> nn.Module:
 
 
 def check_data(data) -> tuple:
+    """(data, n): a tuple of tensors, or the Dataset as it is, and the number of examples."""
     if isinstance(data, Tensor):
         data = (data,)
     if isinstance(data, (tuple, list)):
+        for i, x in enumerate(data):
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                raise TypeError(
+                    f"data[{i}] is a {type(x).__name__}; each must be a tensor with the n examples first "
+                    "(torch.as_tensor makes one)"
+                )
         lengths = [len(x) for x in data]
-        if not all(isinstance(x, Tensor) for x in data) or len(set(lengths)) != 1:
+        if len(set(lengths)) != 1:
             raise ValueError(f"data must be tensors of one length n; these have lengths {lengths}")
         return tuple(x.detach() for x in data), lengths[0]
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
@@ -53,6 +63,7 @@ def check_data(data) -> tuple:
 
 
 def check_batches(batches, n: int) -> list[Tensor]:
+    """The batches as T int64 tensors of indices into n examples."""
     checked = [torch.as_tensor(b) for b in batches]
     if not checked:
         raise ValueError("batches is empty: a run has at least one step")
@@ -76,6 +87,7 @@ def check_batches(batches, n: int) -> list[Tensor]:
 
 
 def check_losses(losses, count: int, t: int) -> None:
+    """Raise unless step t has `count` losses, in float32 or float64, that depend on parameters."""
     if not isinstance(losses, Tensor) or losses.shape != (count,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
@@ -91,3 +103,21 @@ def check_losses(losses, count: int, t: int) -> None:
             f"step {t}: the losses do not depend on the parameters by any differentiable path; "
             "look for detach(), no_grad(), .item() or argmax in loss"
         )
+
+
+def check_indices(indices: Iterable[int], n: int) -> Tensor:
+    """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
+    if isinstance(indices, int):
+        indices = [indices]
+    given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu().reshape(-1)
+    if given.dtype == torch.bool or given.is_floating_point():
+        if len(given):
+            raise TypeError(f"examples are named by integer indices; these are {given.dtype}")
+        given = given.to(torch.int64)
+    outside = given[(given < 0) | (given >= n)]
+    if len(outside):
+        raise IndexError(f"example {outside[0].item()} does not exist; the data has 0 … {n - 1}")
+    if len(given.unique()) != len(given):
+        twice = given[(given.unsqueeze(0) == given.unsqueeze(1)).sum(0) > 1][0].item()
+        raise ValueError(f"example {twice} is named twice; it can be removed only once")
+    return given.to(torch.int64)

@@ -22,7 +22,10 @@ Rule = Callable[..., tuple[Tensor, Slots]]
 
 
 def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=None) -> tuple[Tensor, Slots]:
-    """One update of torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize."""
+    """One update of torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize.
+
+    `sqrt` is there because every rule takes it; SGD has no root.
+    """
     if hyper["maximize"]:
         grad = -grad
     if hyper["weight_decay"] != 0:
@@ -68,7 +71,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt
 def safe_sqrt(v: Tensor) -> Tensor:
     """sqrt(v), with derivative 0 where v = 0 instead of infinity.
 
-    Adam's v is 0 only where no gradient has ever come: an embedding row that no batch has touched.
+    Adam's v is 0 where every gradient has been 0, as in an embedding row that no batch has touched (or
+    so small that its square underflows).
     Near that point the update is m / (c|g| + eps) with m proportional to g, which is differentiable
     at g = 0 with the derivative that its numerator alone gives. Autograd instead multiplies the
     numerator, 0, with the derivative of sqrt there, infinity, and returns NaN.

@@ -46,7 +46,7 @@ def images(pictures: Tensor, titles: Sequence[str], columns: int = 6, colors: Se
 
 
 def predicted_against_true(result, ax=None, targets: int | None = 1):
-    """Predicted against true change of the measured outputs, a dot a retrained model; returns the axes.
+    """Predicted against true change of the measured outputs, a dot per retrained model; returns the axes.
 
     `result` is what `magic.lds` returns; `targets` limits the dots to the first so many outputs.
     """

@@ -24,11 +24,11 @@ from .witness import check_step
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def parse_bytes(memory: int | str) -> int:
-    """2_000_000_000 from "2GB" or 2_000_000_000."""
-    if isinstance(memory, int):
-        return memory
-    text = memory.strip().upper()
+def parse_bytes(memory: float | str) -> int:
+    """2_000_000_000 from "2GB", 2e9 or 2_000_000_000."""
+    if isinstance(memory, (int, float)):
+        return int(memory)
+    text = str(memory).strip().upper()
     for unit in sorted(UNITS, key=len, reverse=True):
         if text.endswith(unit):
             try:
@@ -61,7 +61,7 @@ class Plan:
         )
 
 
-def plan(run: Run, states: int | None = None, memory: int | str = "1GB") -> Plan:
+def plan(run: Run, states: int | None = None, memory: float | str = "1GB") -> Plan:
     """How many states to keep: `states` if given (s_0 counts), else as many as fit into `memory`.
 
     `memory` bounds the states kept; the state being advanced, the K cotangents and the trace of one
@@ -96,13 +96,15 @@ class Replay:
     peak_bytes: int
 
 
-def metagradient(run: Run, measure: Callable, weights: Tensor, plan: Plan, progress: bool = True) -> Replay:
+def metagradient(
+    run: Run, measure: Callable, weights: Tensor, planned: Plan, progress: bool = True
+) -> Replay:
     """The exact derivative of measure(trained model) with respect to every data weight, at `weights`."""
     store, state, cotangent = Memory(), run.initial, None
     values = outputs = None
-    total = 2 * run.steps + plan.extra
+    total = 2 * run.steps + planned.extra
     with determinism.fix(), bar(total, "differentiate", progress) as shown:
-        for action in plan.actions():
+        for action in planned.actions():
             match action:
                 case schedule.Save(t):
                     store.save(t, state)
@@ -123,7 +125,7 @@ def metagradient(run: Run, measure: Callable, weights: Tensor, plan: Plan, progr
                     _check_finite(scores, cotangent, t)
                     values.index_add_(1, run.batches[t].to(values.device), scores.to(values.dtype))
                     shown.update()
-    return Replay(values, outputs, plan, store.peak_states, store.peak_bytes)
+    return Replay(values, outputs, planned, store.peak_states, store.peak_bytes)
 
 
 def measured_outputs(run: Run, state: State, measure: Callable) -> Tensor:

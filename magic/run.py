@@ -6,6 +6,9 @@ MAGIC (Ilyas & Engstrom 2025, arXiv 2504.16430), section 2. With all weights 1 t
 for bit, those of the plain loop
 
     optimizer.zero_grad(); loss(model, x, y).mean().backward(); optimizer.step(); scheduler.step()
+
+under `determinism.fix()`; where step t draws random numbers, after `determinism.seed_step(seed, t)`;
+on CUDA with the optimizer's `foreach=False`.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ class Run:
         """f(w): the final state. `weights` is (n,), or one number for all; None means 1.
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
-        earlier run with these weights in this process passed through other states.
+        earlier training of this Run with these weights was in another state at a step compared.
         """
         weights = self.weights(weights, allow_negative=allow_negative)
         with determinism.fix(), bar(self.steps, "train", progress) as shown:
@@ -139,8 +142,8 @@ class Run:
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
         """Data weights as an (n,) tensor on the run's device, checked. None is 1; a number fills it."""
         if weights is None or isinstance(weights, (int, float)):
-            weights = torch.full((self.n,), 1.0 if weights is None else float(weights))
-        weights = torch.as_tensor(weights).detach().to(self.device, self.dtype)
+            weights = torch.full((self.n,), 1.0 if weights is None else float(weights), dtype=self.dtype)
+        weights = torch.as_tensor(weights).detach().to(self.device, self.dtype, copy=True)
         if weights.shape != (self.n,):
             raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({self.n},)")
         if not weights.isfinite().all():
@@ -153,14 +156,18 @@ class Run:
         return weights
 
     def fingerprint(self) -> str:
-        """16 hex digits of everything that defines the run but the code of model and loss."""
-        parts = {"s0": self.initial.fingerprint(), "hypers": self.hypers, "groups": self.group_of}
-        parts |= {"normalize": self.normalize, "seed": self.seed, "rule": self.rule.__name__}
-        parts["batches"] = determinism.fingerprint(torch.cat(self.batches))
-        parts["sizes"] = [len(b) for b in self.batches]
+        """16 hex digits of what defines the run: start, constants, data, order, hyper-parameters.
+
+        Left out are the code of model and loss, and the items of a Dataset.
+        """
+        parts = {"s0": self.initial.fingerprint(), "model": determinism.fingerprint(self._model)}
+        parts |= {"modes": [module.training for module in self._model.modules()]}
+        parts |= {"rule": self.rule.__name__, "hypers": self.hypers, "groups": self.group_of}
+        parts |= {"normalize": self.normalize, "seed": self.seed, "n": self.n}
+        parts["batches"] = [determinism.fingerprint(b) for b in self.batches]
         if isinstance(self.data, tuple):
             parts["data"] = [determinism.fingerprint(x) for x in self.data]
-        text = torch.tensor(list(repr(parts).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(repr(parts).encode()), dtype=torch.uint8, device="cpu")
         return determinism.fingerprint(text)
 
     def __repr__(self) -> str:
@@ -253,12 +260,16 @@ class Run:
         return State(params, {k: b.detach() for k, b in buffers.items()}, slots, t + 1)
 
     def advance(self, state: State, to: int, weights: Tensor, shown) -> State:
-        """Step from `state` to step `to`, checking that known states come out again bit for bit."""
+        """Step from `state` to step `to`.
+
+        At some sixteen steps of the run the state's fingerprint is noted when training first passes
+        and compared whenever it is computed again with the same weights.
+        """
         key = determinism.fingerprint(weights)
         passed = self._passed.setdefault(key, {})
         stride = max(1, self.steps // 16)
         while state.step < to:
-            with determinism.naming_the_operation():
+            with determinism.refusing():
                 state = self.step(state, weights)
             if state.step % stride == 0 or state.step == self.steps:
                 _compare(passed, state)
@@ -285,7 +296,7 @@ class Run:
         """s_0, with only the buffers that training changes; the others are constants of the run."""
         before, weights = start.fingerprint(), self.weights()
         frozen = determinism.fingerprint(self._model)
-        with determinism.fix(), determinism.naming_the_operation():
+        with determinism.fix(), determinism.refusing():
             first, second = self.step(start, weights), self.step(start, weights)
         if start.fingerprint() != before or determinism.fingerprint(self._model) != frozen:
             raise ValueError(
@@ -294,8 +305,9 @@ class Run:
             )
         if (name := _first_difference(first, second)) is not None:
             raise determinism.NotDeterministic(
-                f"the same step gave two values of {name!r}; its random numbers must be torch's "
-                "(numpy's, Python's and the clock's cannot be replayed)"
+                f"the same step gave two values of {name!r}: either it uses random numbers that are not "
+                "torch's (numpy's, Python's, the clock), which cannot be replayed, or a plain attribute of "
+                "the model changes with each call; keep that in a registered buffer"
             )
         changing = {name: b for name, b in start.buffers.items() if not torch.equal(b, first.buffers[name])}
         self._constants = {k: b for k, b in start.buffers.items() if k not in changing}

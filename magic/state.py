@@ -56,7 +56,7 @@ class State:
         return sum(x.numel() * x.element_size() for x in self.flatten().values())
 
     def fingerprint(self) -> str:
-        """16 hex digits, equal exactly when every bit of every tensor is."""
+        """16 hex digits of every bit of every tensor; `step` is left out."""
         return determinism.fingerprint(self)
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import determinism
-from .adjoint import NotDifferentiable, differentiable, naming_the_operation, own_functions, pull
+from .adjoint import NotDifferentiable, differentiable, own_functions, pull, refusing
 from .run import Run
 from .state import State
 
@@ -44,7 +44,7 @@ def check_step(run: Run, state: State, weights: Tensor) -> float | None:
         found = None
         for _ in range(2):
             direction = {name: _random(x, dice) * x for name, x in point.items()}
-            with naming_the_operation(f"step {state.step}"):
+            with refusing(f"step {state.step}"):
                 seen, true, own = _compare(gradient, point, direction, dice)
             if true is None:
                 continue

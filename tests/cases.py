@@ -97,7 +97,7 @@ class Words(nn.Module):
 
 
 class Partly(nn.Module):
-    """A frozen layer, a layer that is not used, and one used in eval mode only."""
+    """A frozen layer, and a layer that is not used."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,9 @@ from . import cases
 @pytest.fixture(scope="module")
 def scored():
     run, *_ = cases.build("sgd-momentum")
-    return run, magic.attribute(run, cases.measure_on(*run.data), progress=False)
+    scores = magic.attribute(run, cases.measure_on(*run.data), progress=False)
+    assert scores.values.abs().max(dim=1).values.min() > 1e-4, "degenerate: a target without influence"
+    return run, scores
 
 
 def test_shapes_and_outputs(scored):
@@ -50,6 +52,16 @@ def test_predict_takes_one_or_many(scored):
     many = torch.rand(5, run.n, dtype=torch.float64)
     assert scores.predict(many).shape == (5, 3)
     torch.testing.assert_close(scores.predict(many)[2], scores.predict(many[2]))
+    by_hand = scores.outputs[1] + sum(scores.values[1, i] * (many[2, i] - 1) for i in range(run.n))
+    torch.testing.assert_close(scores.predict(many[2])[1], by_hand)
+
+
+def test_the_point_is_a_copy(scored):
+    run, _ = scored
+    at = run.weights(0.9)
+    there = magic.attribute(run, cases.measure_on(*run.data), at=at, progress=False)
+    at[3] = 0.0
+    assert there.at[3] == 0.9
 
 
 def test_the_point_of_the_derivative(scored):
@@ -97,6 +109,12 @@ def test_save_and_load(scored, tmp_path):
     other, *_ = cases.build("adam")
     with pytest.raises(ValueError, match="holds scores of run"):
         magic.Attribution.load(path, other)
+    partly, model, *_ = cases.build("frozen-and-unused")
+    with torch.no_grad():
+        model.frozen.weight += 1
+    moved = magic.Run(model, cases.adam(weight_decay=0.1)(model), cases.data(), cases.loss, cases.order())
+    assert partly.initial.fingerprint() == moved.initial.fingerprint()
+    assert partly.fingerprint() != moved.fingerprint(), "a frozen weight defines the run, too"
     (tmp_path / "bad.npz").write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"not written by Attribution.save"):
         magic.Attribution.load(tmp_path / "bad.npz")

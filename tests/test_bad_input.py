@@ -16,20 +16,33 @@ def run_with(model=None, optimizer=None, data=None, loss=cases.loss, batches=Non
     optimizer = torch.optim.SGD(model.parameters(), 0.1) if optimizer is None else optimizer
     data = cases.data() if data is None else data
     batches = cases.order() if batches is None else batches
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    noise, flag = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    before = of_the_user(model, optimizer, options.get("scheduler"), data)
     try:
         return magic.Run(model, optimizer, data, loss, batches, **options)
     finally:  # whatever is refused, nothing of the user's has changed
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert torch.equal(noise, torch.get_rng_state())
-        assert flag == torch.are_deterministic_algorithms_enabled()
+        assert of_the_user(model, optimizer, options.get("scheduler"), data) == before
+
+
+def of_the_user(model, optimizer, scheduler, data):
+    """Everything a Run must leave as it was, in a form that can be compared."""
+    return (
+        magic.fingerprint(model),
+        [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        [module.training for module in model.modules()],
+        str(optimizer.state_dict()),
+        str({k: v for k, v in scheduler.state_dict().items() if k[0] != "_"}) if scheduler else None,
+        [magic.fingerprint(x) for x in data] if all(isinstance(x, torch.Tensor) for x in data) else None,
+        magic.fingerprint(torch.get_rng_state()),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def test_data():
     x, y = cases.data()
     with pytest.raises(ValueError, match=r"one length.*\[40, 39\]"):
         run_with(data=(x, y[:-1]))
+    with pytest.raises(TypeError, match=r"data\[1\] is a ndarray"):
+        run_with(data=(x, y.numpy()))
     with pytest.raises(TypeError, match="not a DataLoader"):
         run_with(data=iter([x]))
 

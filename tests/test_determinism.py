@@ -19,8 +19,9 @@ def everything():
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cudnn.rnn.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
         os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         torch.get_rng_state().tolist(),
         random.getstate(),
@@ -33,14 +34,15 @@ def test_fix_sets_reports_and_restores():
     with fix(seed=3) as settings:
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         first = torch.rand(1), random.random(), np.random.rand()
     assert everything() == before
     with fix(seed=3):
         assert (torch.rand(1), random.random(), np.random.rand()) == first
     report = repr(settings)
-    for word in ("deterministic_algorithms", "CUBLAS_WORKSPACE_CONFIG", "tf32", "threads", "seed"):
+    for word in ("deterministic_algorithms", "CUBLAS_WORKSPACE_CONFIG", "fp32_precision", "threads", "seed"):
         assert word in report
 
 
@@ -50,6 +52,32 @@ def test_fix_restores_after_an_error():
         torch.rand(3)
         _ = 1 / 0
     assert everything() == before
+
+
+def test_fix_is_all_or_nothing(monkeypatch):
+    before = everything()
+    monkeypatch.setattr(magic.determinism, "_attribute", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fix()
+    assert everything() == before
+
+
+def test_either_way_of_asking_for_tf32_is_overridden_and_restored():
+    matmul = torch.backends.cuda.matmul
+    legacy = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        with fix():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = legacy
+
+
+def test_cublas_without_its_workspace_says_what_to_do():
+    says = "import magic before the first matrix product"
+    with pytest.raises(magic.NotDeterministic, match=says), magic.determinism.refusing():
+        raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8")
 
 
 def test_settings_can_be_restored_by_hand():
@@ -85,6 +113,6 @@ def test_a_changed_thread_count_is_not_mixed_in():
         magic.attribute(run, cases.measure_on(x, y), progress=False)
 
 
-def test_naming_the_operation_lets_other_errors_through():
-    with pytest.raises(RuntimeError, match="plain"), magic.determinism.naming_the_operation():
+def test_other_errors_pass_through():
+    with pytest.raises(RuntimeError, match="plain"), magic.determinism.refusing():
         raise RuntimeError("plain")

@@ -48,6 +48,9 @@ def test_fashion_mnist_from_a_folder(fashion_folder, monkeypatch):
     assert small.shape == (30, 1, 14, 14)
     with pytest.raises(ValueError, match="41 images asked for; there are 40"):
         data.fashion_mnist(train=41, test=20)
+    (fashion_folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not hold .*t10k-labels-idx1-ubyte"):
+        data.fashion_mnist(train=40, test=20)
 
 
 def test_data_that_cannot_be_had_says_how_to_get_it(monkeypatch, tmp_path):
@@ -133,7 +136,12 @@ def test_models_have_no_bias_before_a_normalisation():
 def test_resnet9_of_the_papers_size():
     count = sum(p.numel() for p in models.ResNet9().parameters())
     assert 2_000_000 < count < 10_000_000
-    assert models.ResNet9(scale=0.5)(torch.zeros(2, 3, 32, 32)).abs().max() < 10
+    outputs = []
+    for scale in (0.125, 0.5):
+        torch.manual_seed(0)
+        outputs.append(models.ResNet9(width=8, scale=scale)(torch.ones(2, 3, 8, 8).tril()))
+    assert outputs[0].abs().max() > 0
+    torch.testing.assert_close(outputs[1], 4 * outputs[0])
 
 
 def test_figures():
@@ -156,6 +164,9 @@ def test_compare_and_claim(capsys):
     checks.compare("close", a, a * (1 + 3e-7))
     out = capsys.readouterr().out
     assert "same bits" in out and "agree to 1e-06" in out
+    checks.compare("signed zero", torch.zeros(2), -torch.zeros(2))
+    checks.compare("other type", a, a.double())
+    assert "same bits" not in capsys.readouterr().out
     with pytest.raises(AssertionError, match="relative difference is"):
         checks.compare("far", a, a + 1)
     with pytest.raises(AssertionError, match="shape"):
