@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import determinism
-from .adjoint import NotDifferentiable, differentiable, own_functions, pull, refusing
+from .adjoint import NotDifferentiable, own_functions, pull, refusing
+from .equivalents import differentiable
 from .run import Run
 from .state import State
 

@@ -150,7 +150,7 @@ def test_the_witness_catches_pytorchs_own_mistakes(monkeypatch):
         lambda v, g: torch._weight_norm(v, g, 0).sin(), (v, g), raise_exception=False
     ):
         pytest.skip("this PyTorch differentiates it right")
-    monkeypatch.delitem(magic.adjoint.EQUIVALENT, torch._weight_norm)
+    monkeypatch.delitem(magic.equivalents.EQUIVALENT, torch._weight_norm)
     run, *_ = cases.build("weightnorm")
     with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
         magic.attribute(run, cases.measure_on(*run.data), progress=False)

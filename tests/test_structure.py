@@ -14,8 +14,8 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "progress", "inputs", "state", "optim", "run", "adjoint", "witness", "schedule", "store",
-    "replay", "attribution", "counterfactual", "smoothness", "baselines",
+    "determinism", "progress", "inputs", "state", "optim", "run", "equivalents", "adjoint",
+    "witness", "schedule", "store", "replay", "attribution", "counterfactual", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
