@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .equivalents import differentiable
+from .inputs import graph_nodes
 from .optim import safe_sqrt
 from .run import Run
 from .state import State
@@ -37,8 +38,8 @@ CHUNK = 64  # targets pulled back at once; more would hold more copies of a batc
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fresh leaves to differentiate with respect to; integers (BatchNorm's counter) pass as they are."""
-    return {k: x.detach().requires_grad_(x.is_floating_point()) for k, x in tensors.items()}
+    """Fresh leaves to differentiate with respect to."""
+    return {k: x.detach().requires_grad_() for k, x in tensors.items()}
 
 
 def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
@@ -93,44 +94,35 @@ def refusing(where: str):
 
 def own_functions(tensors: list[Tensor]) -> str:
     """The names of the user's autograd Functions in the graphs of these tensors, comma-separated."""
-    seen, found, todo = set(), {}, [x.grad_fn for x in tensors]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found[node.name()] = True
-        todo += [parent for parent, _ in node.next_functions]
-    return ", ".join(found)
+    own = torch.autograd.function.BackwardCFunction
+    return ", ".join({node.name(): True for node in graph_nodes(tensors) if isinstance(node, own)})
 
 
 def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple[State, Tensor]:
     """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
 
     cotangent  a State whose tensors have a leading axis K
-    returns    ∂φ/∂s_t in the same form, and what the step adds to ∂φ/∂w: (K, B), for batches[t]
+    returns    ∂φ/∂s_t in the same form, of the buffers only those that depend on the weights by then,
+               and what the step adds to ∂φ/∂w: (K, B), for batches[t]
     """
-    t = state.step
+    t, moved = state.step, run.moved(state)
     with torch.enable_grad(), refusing(f"step {t}") as traced:
-        params, buffers = _leaves(state.params), _leaves(state.buffers)
+        params = _leaves(state.params)
+        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
         with differentiable():
-            total, after = run.total(params, buffers, weight, t)
+            total, grads, after = run.gradient(params, buffers, weight, t, create_graph=True)
         traced.append(total)
-        grads = torch.autograd.grad(total, list(params.values()), create_graph=True, allow_unused=True)
-        grads = {name: g for name, g in zip(params, grads, strict=True) if g is not None}
+        grads = {name: g for name, g in grads.items() if g is not None}
 
         direct, grad_cotangent = _pull_update(run, state, grads, cotangent)
 
-        outputs = list(grads.values()) + list(after.values())
-        cotangents = [grad_cotangent[name] for name in grads]
-        cotangents += [cotangent.buffers.get(name) for name in after]
-        names = [name for name, b in buffers.items() if b.requires_grad]
-        inputs = [*params.values(), *(buffers[name] for name in names), weight]
+        outputs = list(grads.values()) + [after[name] for name in cotangent.buffers]
+        cotangents = [grad_cotangent[name] for name in grads] + list(cotangent.buffers.values())
+        inputs = [*params.values(), *(buffers[name] for name in moved), weight]
         *pulled, scores = pull(outputs, inputs, cotangents)
     to_params = {name: direct.params[name] + x for name, x in zip(params, pulled[: len(params)], strict=True)}
-    to_buffers = dict(zip(names, pulled[len(params) :], strict=True))
+    to_buffers = dict(zip(moved, pulled[len(params) :], strict=True))
     return State(to_params, to_buffers, direct.slots, t), scores
 
 
@@ -203,31 +195,24 @@ def _lay(tensors: Iterable[Tensor]) -> Tensor:
 
 def measure_vjp(run: Run, state: State, measure: Callable) -> State:
     """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
+    moved = run.moved(state)
     with torch.enable_grad(), refusing("measure") as traced:
-        params, buffers = _leaves(state.params), _leaves(state.buffers)
+        params = _leaves(state.params)
+        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
         with differentiable():
             outputs = run.measured(measure, params, buffers)
         traced.append(outputs)
         if not outputs.requires_grad:
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "
-                "rounding, no_grad(), detach() or .item() in it. A loss or a margin has a derivative, "
-                "an accuracy has none"
+                "rounding, no_grad(), detach() or .item() in it, or a model from outside. A loss or a "
+                "margin has a derivative, an accuracy has none"
             )
-        floating = [name for name, b in buffers.items() if b.requires_grad]
-        inputs = [*params.values(), *(buffers[name] for name in floating)]
-        if all(
-            g is None
-            for g in torch.autograd.grad(outputs.sum(), inputs, retain_graph=True, allow_unused=True)
-        ):
-            raise NotDifferentiable(
-                "measure does not depend on the model that it is given; it must call its argument, not a "
-                "model from outside"
-            )
+        inputs = [*params.values(), *(buffers[name] for name in moved)]
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
         pulled = pull([outputs], inputs, [one_each])
     to_params = dict(zip(params, pulled[: len(params)], strict=True))
-    to_buffers = dict(zip(floating, pulled[len(params) :], strict=True))
+    to_buffers = dict(zip(moved, pulled[len(params) :], strict=True))
     to_slots = {
         name: {k: x.new_zeros(len(outputs), *x.shape) for k, x in slots.items() if x.is_floating_point()}
         for name, slots in state.slots.items()

@@ -31,6 +31,8 @@ class Attribution:
     outputs  (K,): φ at the point where the derivative was taken
     at       (n,): that point, data weights
     run, measure   what was attributed; None after `load` unless given there
+    plan     what the replay kept and repeated
+    run_fingerprint   the run's, which `save` keeps
     """
 
     values: Tensor
@@ -39,8 +41,11 @@ class Attribution:
     run: Run | None = None
     measure: Callable | None = None
     plan: Plan | None = None
+    run_fingerprint: str | None = None
 
     def __post_init__(self):
+        if self.run is not None:
+            self.run_fingerprint = self.run.fingerprint()
         k, n = self.values.shape if self.values.dim() == 2 else (None, None)
         if k is None or self.outputs.shape != (k,) or self.at.shape != (n,):
             raise ValueError(
@@ -58,36 +63,42 @@ class Attribution:
 
     def predict(self, weights: Tensor) -> Tensor:
         """(K,), or (S, K) for weights (S, n): predicted outputs at these data weights, to first order."""
-        moved = torch.as_tensor(weights).to(self.values) - self.at.to(self.values)
+        weights, n = torch.as_tensor(weights).to(self.values), len(self.at)
+        if weights.dim() not in (1, 2) or weights.shape[-1] != n:
+            raise ValueError(f"weights have shape {tuple(weights.shape)}; they must be ({n},) or (S, {n})")
+        moved = weights - self.at.to(self.values)
         return self.outputs + moved @ self.values.T
 
     def top(self, target: int = 0, k: int = 5):
         """The k most helpful and the k most harmful examples for one output, read as a loss.
 
-        Helpful examples have the most negative scores: removing them makes the loss larger. A pandas
-        DataFrame when pandas is installed, else a list of dicts, with the example's index, its role,
-        its score and the predicted effect of removing it.
+        Helpful examples have negative scores: removing them makes the loss larger. There may be fewer
+        than k of a kind. A pandas DataFrame when pandas is installed, else a list of dicts, with the
+        example's role, its index, its score and the predicted effect of removing it.
         """
         if not -len(self.values) <= target < len(self.values):
             raise IndexError(f"target={target}: there are {len(self.values)} measured outputs")
+        if k < 1:
+            raise ValueError(f"k={k}: ask for at least one example")
         scores = self.values[target].detach().cpu()
         order = scores.argsort(stable=True).tolist()
-        k = min(k, len(order) // 2)
-        chosen = [("helpful", i) for i in order[:k]] + [("harmful", i) for i in order[::-1][:k]]
+        chosen = [("helpful", i) for i in order[:k] if scores[i] < 0]
+        chosen += [("harmful", i) for i in order[::-1][:k] if scores[i] > 0]
+        columns = ("role", "index", "score", "removal_effect")
         rows = [
-            {"role": role, "index": i, "score": scores[i].item(), "removal_effect": -scores[i].item()}
+            dict(zip(columns, (role, i, scores[i].item(), -scores[i].item()), strict=True))
             for role, i in chosen
         ]
         try:
             import pandas
         except ImportError:
             return rows
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(rows, columns=columns)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the numbers (not run and measure) as a NumPy .npz without pickle, whole or not at all."""
         path = os.fspath(path)
-        meta = {"format": 1, "run": self.run.fingerprint() if self.run else None}
+        meta = {"format": 1, "run": self.run_fingerprint}
         arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
         with open(path + ".part", "wb") as file:
             np.savez(
@@ -113,7 +124,7 @@ class Attribution:
                 f"{os.fspath(path)} holds scores of run {meta['run']}; this run is {run.fingerprint()}. "
                 "Load without run=, or attribute this one"
             )
-        return cls(values, outputs, at, run, measure)
+        return cls(values, outputs, at, run, measure, run_fingerprint=meta["run"])
 
     def _summary(self) -> list[tuple[str, str]]:
         k, n = self.values.shape

@@ -124,6 +124,12 @@ def judge(predicted: Tensor, true: Tensor, baseline: Tensor, drop: float, seed: 
             f"the true output of target {constant.nonzero()[0].item()} is the same in every retrained "
             "model, so there is nothing to rank: drop more, or measure something that varies"
         )
+    constant = (predicted == predicted[0]).all(dim=0)
+    if constant.any():
+        raise ValueError(
+            f"the predicted output of target {constant.nonzero()[0].item()} is the same for every subset: "
+            "its scores are all 0, or all equal"
+        )
     per_target = spearman(predicted.numpy(), true.numpy())
     dice = np.random.default_rng(seed)
     means = []

@@ -105,9 +105,9 @@ def _fix(settings: Settings) -> None:
     settings._set("fill_uninitialized_memory", *_attribute(memory, "fill_uninitialized_memory"), False)
     settings._set(
         "deterministic_algorithms",
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-        True,
+        torch.get_deterministic_debug_mode,  # 0: off, 1: warns, 2: raises
+        torch.set_deterministic_debug_mode,
+        2,
     )
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)

@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 
 
+def check_arguments(model, loss, seed) -> None:
+    """Raise TypeError for arguments of Run that are not of the kind they must be."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    if isinstance(loss, nn.Module) or not callable(loss):
+        raise TypeError(
+            "loss must be a function loss(model, *batch) -> (B,), such as lambda model, x, y: "
+            'F.cross_entropy(model(x), y, reduction="none")'
+        )
+    if not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: a run's seed is an integer")
+
+
 def check_model(model: nn.Module) -> None:
     """Raise TypeError or ValueError for a model whose training cannot be differentiated exactly."""
     for name, module in model.named_modules():
@@ -18,6 +31,8 @@ def check_model(model: nn.Module) -> None:
                 "pass the original module (compiled._orig_mod)"
             )
     for name, p in model.named_parameters():
+        if not p.is_floating_point() or p.is_complex():
+            raise TypeError(f"parameter {name!r} is {p.dtype}; magic differentiates float32 and float64")
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
@@ -43,7 +58,11 @@ def check_data(data) -> tuple:
     """(data, n): a tuple of tensors, or the Dataset as it is, and the number of examples."""
     if isinstance(data, Tensor):
         data = (data,)
+    if isinstance(data, dict):
+        raise TypeError("data is a dict; pass its tensors as a tuple, in the order that loss takes them")
     if isinstance(data, (tuple, list)):
+        if len(data) == 0:
+            raise ValueError("data is empty")
         for i, x in enumerate(data):
             if not isinstance(x, Tensor) or x.dim() == 0:
                 raise TypeError(
@@ -64,7 +83,13 @@ def check_data(data) -> tuple:
 
 def check_batches(batches, n: int) -> list[Tensor]:
     """The batches as T int64 tensors of indices into n examples."""
-    checked = [torch.as_tensor(b) for b in batches]
+    try:
+        checked = [torch.as_tensor(b).clone() for b in batches]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; pass a (T, B) index tensor, such as magic.batches "
+            "makes, or a sequence of index tensors"
+        ) from error
     if not checked:
         raise ValueError("batches is empty: a run has at least one step")
     for t, indices in enumerate(checked):
@@ -107,8 +132,10 @@ def check_losses(losses, count: int, t: int) -> None:
 
 def check_indices(indices: Iterable[int], n: int) -> Tensor:
     """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
-    if isinstance(indices, int):
-        indices = [indices]
+    if isinstance(indices, str):
+        raise TypeError(f"examples are named by integer indices, not by {indices!r}")
+    if not isinstance(indices, Iterable) or getattr(indices, "ndim", 1) == 0:
+        indices = [int(indices)]
     given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu().reshape(-1)
     if given.dtype == torch.bool or given.is_floating_point():
         if len(given):
@@ -121,3 +148,24 @@ def check_indices(indices: Iterable[int], n: int) -> Tensor:
         twice = given[(given.unsqueeze(0) == given.unsqueeze(1)).sum(0) > 1][0].item()
         raise ValueError(f"example {twice} is named twice; it can be removed only once")
     return given.to(torch.int64)
+
+
+def graph_nodes(tensors: list[Tensor]) -> list:
+    """Every node of the autograd graphs that these tensors are the ends of."""
+    nodes, todo = {}, [x.grad_fn for x in tensors]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = True
+            todo += [parent for parent, _ in node.next_functions]
+    return list(nodes)
+
+
+def uses(output: Tensor, outside: dict[str, Tensor]) -> str | None:
+    """The name of a parameter in `outside` that the graph of `output` leads to, if any."""
+    for node in graph_nodes([output]):
+        variable = getattr(node, "variable", None)
+        for name, p in outside.items():
+            if variable is p:
+                return name
+    return None

@@ -150,6 +150,8 @@ def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> list[list
             "ReduceLROnPlateau reads a metric, so its rates are not known before the run; "
             "use a scheduler that depends on the step alone"
         )
+    if isinstance(scheduler, (list, tuple)):
+        raise TypeError("scheduler is a list; join them with torch.optim.lr_scheduler.ChainedScheduler")
     if getattr(scheduler, "optimizer", None) is not optimizer:
         raise ValueError("the scheduler belongs to another optimizer; build it over this one")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,7 +19,7 @@ from .progress import bar
 from .run import NonFinite, Run
 from .state import State
 from .store import Memory
-from .witness import check_step
+from .witness import check_measure, check_step
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -69,7 +69,11 @@ def plan(run: Run, states: int | None = None, memory: float | str = "1GB") -> Pl
     """
     # An optimizer's slots fill in the first step, so s_1 tells the size.
     with determinism.fix():
-        state_bytes = run.step(run.initial, run.weights()).nbytes
+        shared = {id(x) for x in run.initial.buffers.values()}
+        first = run.step(run.initial, run.weights()).flatten().values()
+        state_bytes = sum(x.numel() * x.element_size() for x in first if id(x) not in shared)
+    if states is not None and not isinstance(states, int):
+        raise TypeError(f"states={states!r}: the number of states to keep is an integer")
     if states is None:
         states = parse_bytes(memory) // state_bytes
         if states < 1:
@@ -102,6 +106,8 @@ def metagradient(
     """The exact derivative of measure(trained model) with respect to every data weight, at `weights`."""
     store, state, cotangent = Memory(), run.initial, None
     values = outputs = None
+    witnessed = {run.steps // 3, 2 * run.steps // 3} - {run.steps - 1}
+    measured_outputs(run, run.initial, measure, finite=False)  # a mistake in measure is told before training
     total = 2 * run.steps + planned.extra
     with determinism.fix(), bar(total, "differentiate", progress) as shown:
         for action in planned.actions():
@@ -120,7 +126,10 @@ def metagradient(
                         check_step(run, state, weights)
                         outputs = measured_outputs(run, final, measure)
                         cotangent = measure_vjp(run, final, measure)
+                        check_measure(run, final, measure, cotangent)
                         values = outputs.new_zeros(len(outputs), run.n)
+                    if t in witnessed:
+                        check_step(run, state, weights, directions=1)
                     cotangent, scores = step_vjp(run, state, cotangent, weights)
                     _check_finite(scores, cotangent, t)
                     values.index_add_(1, run.batches[t].to(values.device), scores.to(values.dtype))
@@ -128,11 +137,11 @@ def metagradient(
     return Replay(values, outputs, planned, store.peak_states, store.peak_bytes)
 
 
-def measured_outputs(run: Run, state: State, measure: Callable) -> Tensor:
+def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:
     """φ at this state, (K,), computed as a user would: with PyTorch's own operations."""
     with torch.no_grad(), determinism.fix():
         outputs = run.measured(measure, state.params, state.buffers)
-    if not outputs.isfinite().all():
+    if finite and not outputs.isfinite().all():
         raise NonFinite(f"measure returned {outputs[~outputs.isfinite()][0].item()} for the trained model")
     return outputs
 

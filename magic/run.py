@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from torch.func import functional_call
 from . import determinism, inputs, optim
 from .progress import bar
 from .state import State
+from .trial import first_step
 
 
 class NonFinite(ArithmeticError):
@@ -92,6 +94,7 @@ class Run:
     ):
         if normalize not in ("batch", "weights"):
             raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
+        inputs.check_arguments(model, loss, seed)
         inputs.check_model(model)
         self.rule, self.group_of = optim.read(optimizer, model)
         self.data, self.n = inputs.check_data(data)
@@ -105,9 +108,10 @@ class Run:
         self._passed: dict[str, dict[int, dict[str, str]]] = {}
         params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
         buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
-        slots = {name: {} for name in params}
-        self._constants: dict[str, Tensor] = {}
-        self.initial = self._try_first_step(State(params, buffers, slots))
+        self.initial = State(params, buffers, {name: {} for name in params})
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._outside = weakref.WeakValueDictionary(model.named_parameters())
+        first_step(self, model)
 
     def _adopt(self, model: nn.Module) -> None:
         self._model, self._call = model, _Call(model)
@@ -131,12 +135,16 @@ class Run:
 
     def model(self, state: State) -> nn.Module:
         """A fresh module holding this state's values, in eval mode, usable like any other."""
+        if state.params.keys() != self.initial.params.keys():
+            raise ValueError("this state is of another run: its parameters have other names")
         model = copy.deepcopy(self._model)
         values = {**state.params, **state.buffers}
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if name in values:
                     tensor.copy_(values[name])
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self._trained)
         return model.eval()
 
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
@@ -151,7 +159,7 @@ class Run:
         if not allow_negative and (weights < 0).any():
             raise ValueError(
                 f"weights[{(weights < 0).nonzero()[0].item()}] is negative, which trains away from an "
-                "example; if that is meant, pass allow_negative=True"
+                "example; if that is meant, pass allow_negative=True to run.train"
             )
         return weights
 
@@ -188,52 +196,74 @@ class Run:
         items = items if isinstance(items, (tuple, list)) else (items,)
         return tuple(x.to(self.device) for x in items)
 
-    def total(self, params: dict, buffers: dict, weight: Tensor, t: int) -> tuple[Tensor, dict]:
-        """The weighted loss of step t, a scalar, and the buffers after it.
+    def gradient(
+        self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
+        """The weighted loss of step t, a scalar; its gradient by name; and the buffers after it.
 
-        `weight` is (B,), the data weights of the batch. Training calls this to step, the adjoint
-        calls it to linearise: there is one definition of what a step minimises.
+        `weight` is (B,), the data weights of the batch. A gradient is None where the step does not use
+        a parameter. Training calls this to step, the adjoint to linearise: there is one definition of
+        what a step minimises. The backward pass runs while the tensors are in the model, since
+        activation checkpointing calls the model again there.
         """
+        if torch.is_autocast_enabled(self.device.type):
+            raise TypeError("autocast is on: the derivative of a run in low precision is invalid")
         determinism.seed_step(self.seed, t)
         batch = self.batch(t)
-        losses, after = self.apply(self.loss, params, buffers, *batch)
-        inputs.check_losses(losses, len(weight), t)
-        weight = weight.to(losses.dtype)
-        count = len(weight) if self.normalize == "batch" else weight.sum()
-        return (weight * losses).sum() / count, after
+
+        def weighted(model):
+            losses = self.loss(model, *batch)
+            inputs.check_losses(losses, len(weight), t)
+            w = weight.to(losses.dtype)
+            total = (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
+            leaves = list(params.values())
+            return total, torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+
+        before = [p._version for p in params.values()]
+        (total, grads), after = self.apply(weighted, params, buffers)
+        for (name, p), version in zip(params.items(), before, strict=True):
+            if p._version != version:
+                raise ValueError(
+                    f"step {t}: the model changes its parameters or buffers in place, behind autograd's "
+                    f"back: {name!r}; return the new value, or do it in the optimizer"
+                )
+        return total, dict(zip(params, grads, strict=True)), after
 
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
-        """measure(model), (K,), with these tensors in the model and the model in eval mode."""
+        """measure(model), (K,), with these tensors in the model and the model in eval mode.
+
+        It sees a copy, so what it does to the model ends with it.
+        """
         determinism.seed_step(self.seed, self.steps)
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
-        try:
-            out, _ = self.apply(measure, params, buffers)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        shared = {id(x): x for x in (*self._model.parameters(), *self._model.buffers())}
+        model = copy.deepcopy(self._model, shared).eval()
+        out, _ = self.apply(measure, params, buffers, call=_Call(model))
         if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
                 f"measure returned {shape}; it must return K >= 1 numbers as a (K,) tensor "
                 '(reduction="none"; for a single number, .reshape(1))'
             )
+        if name := inputs.uses(out, dict(self._outside)):
+            raise ValueError(
+                f"measure uses {name!r} of the model outside; it must use the model that it is given"
+            )
         return out
 
-    def apply(self, f: Callable, params: dict, buffers: dict, *args) -> tuple:
-        """f(model, *args) with these tensors in the model, and the buffers it left."""
+    def apply(self, f: Callable, params: dict, buffers: dict, *, call: _Call | None = None) -> tuple:
+        """f(model) with these tensors in the model, and the buffers it left."""
         tensors = {f"model.{name}": x for name, x in params.items()}
-        tensors |= {f"model.{name}": x for name, x in self._constants.items()}
         tensors |= {f"model.{name}": x.clone() for name, x in buffers.items()}
-        before = {name: x._version for name, x in self._constants.items()}
-        out = functional_call(self._call, tensors, (f, *args))
-        for name, x in self._constants.items():
-            if tensors[f"model.{name}"] is not x or x._version != before[name]:
-                raise RuntimeError(
-                    f"buffer {name!r} did not change in the first step and changes now; magic keeps "
-                    "only buffers that the first step changes. Let the first step change it, too"
-                )
+        out = functional_call(call or self._call, tensors, (f,))
         return out, {name: tensors[f"model.{name}"] for name in buffers}
+
+    def moved(self, state: State) -> list[str]:
+        """The floating-point buffers that training has changed by now; the others are constants so far.
+
+        A step hands on a buffer it leaves alone as the same tensor, so this is a matter of identity.
+        """
+        initial = self.initial.buffers
+        return [k for k, b in state.buffers.items() if b is not initial[k] and b.is_floating_point()]
 
     def step(self, state: State, weights: Tensor) -> State:
         """h_t: s_t, batch_t, weights -> s_{t+1}. Pure: no argument is changed, nothing is remembered."""
@@ -241,23 +271,27 @@ class Run:
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
             weight = weights[self.batches[t].to(weights.device)]
-            total, buffers = self.total(leaves, state.buffers, weight, t)
-            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        if all(grad is None for grad in grads):
+            total, grads, after = self.gradient(leaves, state.buffers, weight, t)
+        if all(grad is None for grad in grads.values()):
             raise ValueError(
                 f"step {t}: the losses do not depend on the model that loss is given; it must call its "
                 "first argument, not a model from outside"
             )
         if not math.isfinite(total.item()):
-            raise NonFinite(self._where_not_finite(state, weight, total))
+            raise NonFinite(self._why_not_finite(state, weight, total))
         params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]
-        for (name, p), grad in zip(state.params.items(), grads, strict=True):
+        for name, grad in grads.items():
             if grad is None:  # not used in this step: PyTorch's optimizers pass it over, too
                 continue
             if grad.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
-            params[name], slots[name] = self.rule(p, grad, slots[name], hyper[self.group_of[name]])
-        return State(params, {k: b.detach() for k, b in buffers.items()}, slots, t + 1)
+            params[name], slots[name] = self.rule(params[name], grad, slots[name], hyper[self.group_of[name]])
+        buffers = {k: self._kept(k, b, after[k].detach()) for k, b in state.buffers.items()}
+        return State(params, buffers, slots, t + 1)
+
+    def _kept(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """The buffer after a step: the same tensor as long as training has never changed it."""
+        return before if before is self.initial.buffers[name] and torch.equal(before, after) else after
 
     def advance(self, state: State, to: int, weights: Tensor, shown) -> State:
         """Step from `state` to step `to`.
@@ -274,60 +308,33 @@ class Run:
             if state.step % stride == 0 or state.step == self.steps:
                 _compare(passed, state)
             shown.update()
-        if to == self.steps:
-            _check_finite(state)
+        if to == self.steps and (where := self._not_finite(state)):
+            raise NonFinite(f"step {to}: {where[0]!r} is not finite; lower the learning rate or warm it up")
         return state
 
-    def _where_not_finite(self, state: State, weight: Tensor, total: Tensor) -> str:
-        where = [name for name, x in state.flatten().items() if not x.isfinite().all()]
+    def _not_finite(self, state: State) -> list[str]:
+        constant = {f"buffers/{k}" for k in state.buffers} - {f"buffers/{k}" for k in self.moved(state)}
+        flat = state.flatten().items()
+        return [name for name, x in flat if name not in constant and not x.isfinite().all()]
+
+    def _why_not_finite(self, state: State, weight: Tensor, total: Tensor) -> str:
+        where = self._not_finite(state)
         if self.normalize == "weights" and weight.sum() == 0:
             cause = 'every example of its batch has weight 0; use normalize="batch" or larger batches'
         elif where:
             cause = f"{where[0]!r} is not finite; lower the learning rate or warm it up"
         else:
             largest = max(x.abs().max().item() for x in state.params.values() if x.numel())
+            with torch.no_grad():
+                batch = self.batch(state.step)
+                losses, _ = self.apply(lambda model: self.loss(model, *batch), state.params, state.buffers)
+            examples = self.batches[state.step][(~losses.isfinite()).cpu()].tolist()
             cause = (
-                "a per-example loss is NaN or infinite while every parameter is finite (the largest is "
-                f"{largest:.3g}): look at loss, or lower the learning rate"
+                f"a per-example loss is NaN or infinite (examples {examples[:5]}) while every parameter is "
+                f"finite (the largest is {largest:.3g}): look at these examples and at loss, or lower the "
+                "learning rate"
             )
         return f"step {state.step}: the loss is {total.item()}: {cause}"
-
-    def _try_first_step(self, start: State) -> State:
-        """s_0, with only the buffers that training changes; the others are constants of the run."""
-        before, weights = start.fingerprint(), self.weights()
-        frozen = determinism.fingerprint(self._model)
-        with determinism.fix(), determinism.refusing():
-            first, second = self.step(start, weights), self.step(start, weights)
-        if start.fingerprint() != before or determinism.fingerprint(self._model) != frozen:
-            raise ValueError(
-                "the model changes its parameters or buffers in place, behind autograd's back, during "
-                "the forward pass; return the new value, or do it in the optimizer"
-            )
-        if (name := _first_difference(first, second)) is not None:
-            raise determinism.NotDeterministic(
-                f"the same step gave two values of {name!r}: either it uses random numbers that are not "
-                "torch's (numpy's, Python's, the clock), which cannot be replayed, or a plain attribute of "
-                "the model changes with each call; keep that in a registered buffer"
-            )
-        changing = {name: b for name, b in start.buffers.items() if not torch.equal(b, first.buffers[name])}
-        self._constants = {k: b for k, b in start.buffers.items() if k not in changing}
-        return State(start.params, changing, start.slots)
-
-
-# -- states compared --------------------------------------------------------------------------------
-
-
-def _check_finite(state: State) -> None:
-    for name, x in state.flatten().items():
-        if not x.isfinite().all():
-            raise NonFinite(
-                f"step {state.step}: {name!r} is not finite; lower the learning rate or warm it up"
-            )
-
-
-def _first_difference(a: State, b: State) -> str | None:
-    digests, others = determinism.fingerprints(a.flatten()), determinism.fingerprints(b.flatten())
-    return next((name for name in digests if digests[name] != others.get(name)), None)
 
 
 def _compare(passed: dict[int, dict[str, str]], state: State) -> None:

@@ -2,9 +2,10 @@
 
 Autograd differentiates what it is shown. A `detach()`, a `no_grad()` block, a buffer updated behind
 its back or an autograd Function with a wrong second derivative changes the derivative of a training
-run without any error. So before a replay pulls anything back, one step is compared with what the
-step really does when its inputs move. The optimizer's update is ours and tested; compared is the part
-that is the user's, the gradient and the buffers as functions of parameters, buffers and weights.
+run without any error. So while a replay goes back, some steps are compared with what
+they really do when their inputs move. The optimizer's update is ours and tested; compared is the part
+that is the user's: the gradient and the buffers as functions of parameters, buffers and weights, and what
+is measured as a function of the final state.
 
 The comparison is in float64 and along random directions that scale each number by 1 + ε, so that
 exact zeros stay where they are (many are kinks) and variances stay positive.
@@ -28,22 +29,24 @@ STEPS = (1e-8, 1e-6, 1e-4)  # small first: a ReLU that flips between the two end
 TOLERANCE = 1e-3
 
 
-def check_step(run: Run, state: State, weights: Tensor) -> float | None:
+def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
     """Raise NotDifferentiable if the derivative of the step at `state` is not what the step does.
 
     Returns the relative difference found, or None, with a warning, where no finite difference is
     steady enough to tell (float32 arithmetic inside the model, a gradient that is rounding noise).
     """
     dice = torch.Generator().manual_seed(0)
+    unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
     with determinism.fix():
         try:
             gradient, point = _in_double(run, state, weights)
-            gradient(point)
+            with torch.enable_grad():
+                gradient(point)
         except (RuntimeError, TypeError, ValueError) as error:
-            _warn(state.step, f"it does not run in float64 ({str(error).splitlines()[0]})")
+            _warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
             return None
         found = None
-        for _ in range(2):
+        for _ in range(directions):
             direction = {name: _random(x, dice) * x for name, x in point.items()}
             with refusing(f"step {state.step}"):
                 seen, true, own = _compare(gradient, point, direction, dice)
@@ -54,15 +57,14 @@ def check_step(run: Run, state: State, weights: Tensor) -> float | None:
                 raise NotDifferentiable(
                     f"step {state.step}: autograd's derivative of the step along a random direction is "
                     f"{seen:.6g}, a finite difference gives {true:.6g}. Something in the model or loss "
-                    "acts behind autograd's back: look for detach(), .data, no_grad(), .item(), or an "
-                    "autograd Function that cannot be differentiated twice"
+                    "acts behind autograd's back: look for detach(), .data, no_grad(), .item(), "
+                    "activation checkpointing, or an autograd Function that cannot be differentiated twice"
                     + (f" (this run has {own})" if own else "")
                 )
         if found is None:
             _warn(
-                state.step,
-                "finite differences are not steady: either part of it is in low precision, or "
-                "a gradient is rounding noise, as that of a bias in front of a normalisation is",
+                f"{unchecked}: finite differences are not steady. Either part of it is in low precision, "
+                "or a gradient is rounding noise, as that of a bias in front of a normalisation is"
             )
         return found
 
@@ -74,10 +76,9 @@ def _in_double(run: Run, state: State, weights: Tensor):
     shadow._adopt(copy.deepcopy(run._model).double())
     shadow.data = tuple(_double(x) for x in run.batch(t))
     shadow.batches = [torch.arange(len(run.batches[t]))]
-    shadow._constants = {name: _double(b) for name, b in run._constants.items()}
     buffers = {name: _double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": _double(p) for name, p in state.params.items()}
-    point |= {f"buffers/{name}": b for name, b in buffers.items() if b.is_floating_point()}
+    point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
     point["weights"] = _double(weights[run.batches[t].to(weights.device)])
 
     def gradient(values: dict[str, Tensor], create_graph: bool = False) -> list[Tensor]:
@@ -85,12 +86,52 @@ def _in_double(run: Run, state: State, weights: Tensor):
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        total, after = shadow.total(params, held, values["weights"], 0)
-        leaves = list(params.values())
-        grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
-        return [x for x in (*grads, *after.values()) if x is not None and x.is_floating_point()]
+        _, grads, after = shadow.gradient(params, held, values["weights"], 0, create_graph)
+        changed = [b for name, b in after.items() if b.is_floating_point() and not _same(b, buffers[name])]
+        return [x for x in (*grads.values(), *changed) if x is not None]
 
     return gradient, point
+
+
+def check_measure(run: Run, state: State, measure, cotangent: State) -> float | None:
+    """Raise NotDifferentiable if `cotangent`, ∂φ/∂s_T, is not how measure moves with the final state.
+
+    In the run's own precision, since measure may hold data in it. Returns the relative difference
+    found, or None, with a warning, where no finite difference is steady.
+    """
+    dice = torch.Generator().manual_seed(0)
+    point = state.params | {name: state.buffers[name] for name in cotangent.buffers}
+    pulled = cotangent.params | cotangent.buffers
+    first = next(iter(pulled.values()))
+    rows = _random(first.reshape(len(first), -1)[:, 0], dice)  # (K,)
+    direction = {name: _random(x, dice) * x for name, x in point.items()}
+    seen = sum((torch.tensordot(rows, pulled[name], 1) * d).sum().item() for name, d in direction.items())
+
+    def along(epsilon: float) -> float:
+        moved = {name: x + epsilon * direction[name] for name, x in point.items()}
+        params = {name: moved[name] for name in state.params}
+        with torch.no_grad():
+            outputs = run.measured(measure, params, {k: moved.get(k, b) for k, b in state.buffers.items()})
+        return (rows.double() * outputs.double()).sum().item()
+
+    steps, tolerance = ((1e-6, 1e-4), 1e-3) if run.dtype == torch.float64 else ((3e-3, 3e-2), 2e-2)
+    true = _steady(along, steps, tolerance)
+    if true is None:
+        _warn("measure could not be checked: finite differences of it are not steady")
+        return None
+    if seen == 0 == true:
+        raise NotDifferentiable(
+            "measure does not move with the model that it is given; it must call its argument, not a model "
+            "from outside"
+        )
+    found = abs(seen - true) / max(abs(seen), abs(true), 1e-300)
+    if found > 2 * tolerance:
+        raise NotDifferentiable(
+            f"measure: autograd's derivative along a random direction is {seen:.6g}, a finite difference "
+            f"gives {true:.6g}. Something in it acts behind autograd's back: look for detach(), .data, "
+            "no_grad(), .item() or argmax"
+        )
+    return found
 
 
 def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float | None, str]:
@@ -113,11 +154,20 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float
             outputs = gradient(moved)
         return sum((c * y.detach()).sum() for c, y in zip(rows, outputs, strict=True)).item()
 
-    for h in STEPS:
+    return seen, _steady(along, STEPS, TOLERANCE), own
+
+
+def _steady(along, steps: tuple[float, ...], tolerance: float) -> float | None:
+    """The slope of along(ε) at 0 from the first step size at which half and whole steps agree."""
+    for h in steps:
         near, far = ((along(k * h) - along(-k * h)) / (2 * k * h) for k in (1, 2))
-        if abs(near - far) <= TOLERANCE * max(abs(near), abs(far)):
-            return seen, near, own
-    return seen, None, own
+        if abs(near - far) <= tolerance * max(abs(near), abs(far)):
+            return near
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach(), b)
 
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:
@@ -128,7 +178,5 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _warn(t: int, why: str) -> None:
-    warnings.warn(
-        f"the derivative of step {t} could not be checked against the step itself: {why}", stacklevel=3
-    )
+def _warn(why: str) -> None:
+    warnings.warn(why, stacklevel=3)

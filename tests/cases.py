@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import magic
 from magic.determinism import seed_step
@@ -55,6 +56,37 @@ class Conv(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x.view(-1, 1, 2, 4)).flatten(1))
+
+
+class NowAndThen(nn.Module):
+    """A BatchNorm that some batches go through and others do not, one with momentum 0, a constant with −∞."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(FEATURES, 6, bias=False), nn.Linear(6, CLASSES)
+        self.norm, self.still = nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=0.0)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, float("-inf")]))
+
+    def forward(self, x):
+        h = self.still(self.a(x))
+        h = self.norm(2 * h) if x[:, 0].sum() > 0 or not self.training else h
+        gate = (self.mask + h[:, :3]).softmax(1)[:, :1]
+        return self.head(F.gelu(gate * h))
+
+
+class Checkpointed(nn.Module):
+    """Runs its middle again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        def middle(h):
+            return torch.tanh(self.b(h))
+
+        h = checkpoint(middle, torch.tanh(self.a(x)), use_reentrant=False)
+        return self.head(h)
 
 
 class Recurrent(nn.Module):
@@ -170,6 +202,7 @@ CASES = {
     "batchnorm-sgd": Case(batch_norm_mlp, sgd(momentum=0.9)),
     "batchnorm-adamw": Case(batch_norm_mlp, adamw()),
     "batchnorm-conv": Case(lambda: Conv("batch"), sgd(momentum=0.9, nesterov=True)),
+    "batchnorm-now-and-then": Case(NowAndThen, sgd(momentum=0.9)),
     "weightnorm": Case(weight_norm_mlp, sgd(momentum=0.9)),
     "groupnorm-conv": Case(lambda: Conv("group"), adamw()),
     "dropout": Case(dropout_mlp, adamw(), options={"seed": 5}),

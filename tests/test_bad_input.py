@@ -226,7 +226,7 @@ class Body(nn.Module):
     [
         (Once.apply, "step 15.*differentiated twice.*OnceBackward"),
         (
-            lambda h: F.embedding_bag(torch.arange(20).view(10, 2) % len(h), h, mode="max"),
+            lambda h: F.embedding_bag(torch.arange(2 * len(h)).view(-1, 2) % len(h), h, mode="max"),
             "_embedding_bag_backward",
         ),
         (lambda h: F.gelu(h) * h.detach(), "step 15.*detach"),
@@ -282,25 +282,119 @@ def test_parameters_changed_in_place(how):
         run_with(Clamps(how).double())
 
 
-class Late(nn.Module):
-    """A buffer that only starts to move at the third forward pass."""
-
+class Counts(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.calls = nn.Linear(8, 3), 0
-        self.register_buffer("centre", torch.zeros(3))
 
     def forward(self, x):
         self.calls += 1
-        if self.calls > 4:
-            self.centre = self.centre + 0.1
-        return self.a(x) - self.centre
+        return self.a(x) * (1 + 0.1 * (self.calls // 5))
 
 
-def test_a_buffer_that_starts_to_change_later():
-    run = run_with(Late().double())
-    with pytest.raises(RuntimeError, match="'centre' did not change in the first step"):
+def test_an_attribute_that_counts():
+    with pytest.raises(magic.NotDeterministic, match="attribute 'calls' of module '' changes"):
+        run_with(Counts().double())
+
+
+class Sometimes(nn.Module):
+    """Does something to its hidden layer in those batches whose first feature sums to more than 3."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.a, self.b, self.what = nn.Linear(8, 6), nn.Linear(6, 3), what
+
+    def forward(self, x):
+        h = F.gelu(self.a(x))
+        return self.b(self.what(self, h) if x[:, 0].sum() > 3 else h)
+
+
+def test_parameters_changed_in_place_in_a_later_step():
+    def shrink(model, h):
+        with torch.no_grad():
+            model.b.weight.mul_(0.9)
+        return h
+
+    run = run_with(Sometimes(shrink).double())
+    with pytest.raises(ValueError, match=r"in place, behind autograd's back: 'b\.weight'"):
         run.train(progress=False)
+
+
+def test_part_of_the_loss_from_outside():
+    outside = cases.mlp().double()
+    optimizer = torch.optim.SGD(outside.parameters(), 0.1)
+
+    def penalised(model, x, y):
+        return cases.loss(model, x, y) + 0.1 * sum(p.square().sum() for p in outside.parameters())
+
+    with pytest.raises(ValueError, match="of the model outside"):
+        run_with(outside, optimizer, loss=penalised)
+    run = run_with(outside, optimizer)
+
+    def partly(model):
+        return cases.measure_on(*run.data)(model) + outside[0].weight.sum()
+
+    with pytest.raises(ValueError, match=r"measure uses '0\.weight' of the model outside"):
+        magic.attribute(run, partly, progress=False)
+
+
+def test_autocast():
+    def in_low_precision(model, x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return cases.loss(model, x, y)
+
+    model = cases.mlp()
+    with pytest.raises(TypeError, match=r"linear returns torch.bfloat16"):
+        run_with(model, data=cases.data(torch.float32), loss=in_low_precision)
+    run = run_with(model, data=cases.data(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="autocast is on"):
+        run.train(progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_measure_that_hides_a_part(dtype):
+    x, y = cases.data(dtype)
+    model = cases.mlp().to(dtype)
+    run = run_with(model, data=(x, y))
+
+    def hiding(model):
+        p = model(x[:3]).softmax(1)
+        return p[:, 0].log() + (1 - p[:, 0].detach()).log() * p[:, 1]
+
+    with pytest.raises(magic.NotDifferentiable, match=r"measure: .*detach"):
+        magic.attribute(run, hiding, progress=False)
+
+
+def test_a_measure_cannot_change_the_run():
+    run = run_with()
+    before = run.train(progress=False).fingerprint()
+
+    def rude(model):
+        out = cases.measure_on(*run.data)(model)
+        model[1] = nn.Identity()
+        return out
+
+    magic.attribute(run, rude, progress=False)
+    assert run.train(progress=False).fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": torch.tanh}, "pass a torch.nn.Module"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "loss must be a function"),
+        ({"data": dict(zip("xy", cases.data(), strict=True))}, "data is a dict"),
+        ({"batches": 10}, "batches is a int"),
+        ({"seed": 0.5}, r"seed=0\.5"),
+        ({"scheduler": []}, "ChainedScheduler"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, says):
+    model = cases.mlp().double()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "data": cases.data()}
+    given |= {"loss": cases.loss, "batches": cases.order()} | arguments
+    with pytest.raises(TypeError, match=says):
+        magic.Run(**given)
 
 
 def test_randomness_that_is_not_torchs():
@@ -374,6 +468,8 @@ def test_memory(run):
         magic.attribute(run, measure, memory="100B", progress=False)
     with pytest.raises(ValueError, match="write a number of bytes"):
         magic.attribute(run, measure, memory="lots", progress=False)
+    with pytest.raises(TypeError, match=r"states=2\.5"):
+        magic.attribute(run, measure, states=2.5, progress=False)
     with pytest.raises(ValueError, match="states=0"):
         magic.attribute(run, measure, states=0, progress=False)
 
@@ -388,6 +484,12 @@ def test_removal_effect(run):
         scores.removal_effect([7, 3, 7])
     with pytest.raises(TypeError, match="integer"):
         scores.removal_effect([0.5])
+    with pytest.raises(TypeError, match="integer"):
+        scores.removal_effect("12")
+    with pytest.raises(ValueError, match=r"\(40,\) or \(S, 40\)"):
+        scores.predict(torch.ones(1))
+    with pytest.raises(ValueError, match="k=-1"):
+        scores.top(0, k=-1)
     with pytest.raises(IndexError, match="example 99"):
         magic.retrain(run, without=[99], progress=False)
     with pytest.raises(IndexError, match="target=3"):
@@ -404,6 +506,9 @@ def test_lds(run):
         magic.lds(scores, drop=1.0, progress=False)
     scores.measure = lambda model: torch.ones(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="target 0 is the same"):
+        magic.lds(scores, drop=0.1, subsets=3, progress=False)
+    scores.measure, scores.values = cases.measure_on(*run.data), torch.zeros_like(scores.values)
+    with pytest.raises(ValueError, match="predicted output of target 0"):
         magic.lds(scores, drop=0.1, subsets=3, progress=False)
     scores.run = None
     with pytest.raises(ValueError, match="know no run"):

@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "progress", "inputs", "state", "optim", "run", "equivalents", "adjoint",
+    "determinism", "progress", "inputs", "state", "optim", "trial", "run", "equivalents", "adjoint",
     "witness", "schedule", "store", "replay", "attribution", "counterfactual", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]

@@ -125,6 +125,25 @@ def test_a_dataset_and_its_augmentation_replay():
     assert still.fingerprint() == plain.fingerprint() != first.fingerprint()
 
 
+def test_activation_checkpointing_trains_the_same(monkeypatch):
+    """Its backward pass calls the model again, which must still hold the state's tensors."""
+    monkeypatch.setitem(cases.CASES, "checkpoint", cases.Case(cases.Checkpointed, cases.sgd(momentum=0.9)))
+    run, model, optimizer, scheduler = cases.build("checkpoint")
+    trained = run.model(run.train(progress=False)).state_dict()
+    truth = cases.plain_loop(run, model, optimizer, scheduler).state_dict()
+    assert all(torch.equal(truth[key], trained[key]) for key in truth)
+
+
+def test_the_trained_model_asks_for_gradients_where_the_users_did():
+    run, model, *_ = cases.build("frozen-and-unused")
+    again = run.model(run.train(progress=False))
+    flags = [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in again.parameters()] == flags and len(set(flags)) == 2
+    other, *_ = cases.build("lstm")
+    with pytest.raises(ValueError, match="another run"):
+        run.model(other.initial)
+
+
 def test_batches_are_permutations_and_depend_on_the_seed_alone():
     order = magic.batches(103, 10, 4, seed=3)
     assert order.shape == (40, 10)
