@@ -81,14 +81,14 @@ def _in_double(run: Run, state: State, weights: Tensor):
     point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
     point["weights"] = _double(weights[run.batches[t].to(weights.device)])
 
-    def gradient(values: dict[str, Tensor], create_graph: bool = False) -> list[Tensor]:
+    def gradient(values: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         params = {name: values[f"params/{name}"] for name in state.params}
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         _, grads, after = shadow.gradient(params, held, values["weights"], 0, create_graph)
-        changed = [b for name, b in after.items() if b.is_floating_point() and not _same(b, buffers[name])]
-        return [x for x in (*grads.values(), *changed) if x is not None]
+        after = {f"buffers/{name}": b for name, b in after.items() if b.is_floating_point()}
+        return {name: g for name, g in grads.items() if g is not None} | after
 
     return gradient, point
 
@@ -142,17 +142,19 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float
     with torch.enable_grad(), differentiable():
         leaves = {name: x.detach().requires_grad_() for name, x in point.items()}
         outputs = gradient(leaves, create_graph=True)
-        own = own_functions(outputs)
+        outputs = {name: y for name, y in outputs.items() if y.isfinite().all()}  # a mask may hold −∞
+        own = own_functions(list(outputs.values()))
         # Each output tensor counts the same, whatever its size.
-        rows = [_random(y, dice) / (y.detach().norm() + 1e-300) for y in outputs]
-        pulled = pull(outputs, list(leaves.values()), [c.unsqueeze(0) for c in rows])
+        rows = {name: _random(y, dice) / (y.detach().norm() + 1e-300) for name, y in outputs.items()}
+        cotangents = [c.unsqueeze(0) for c in rows.values()]
+        pulled = pull(list(outputs.values()), list(leaves.values()), cotangents)
         seen = sum((g[0] * d).sum() for g, d in zip(pulled, direction.values(), strict=True)).item()
 
     def along(epsilon: float) -> float:
         moved = {name: x + epsilon * direction[name] for name, x in point.items()}
         with torch.enable_grad():
             outputs = gradient(moved)
-        return sum((c * y.detach()).sum() for c, y in zip(rows, outputs, strict=True)).item()
+        return sum((c * outputs[name].detach()).sum() for name, c in rows.items()).item()
 
     return seen, _steady(along, STEPS, TOLERANCE), own
 
@@ -164,10 +166,6 @@ def _steady(along, steps: tuple[float, ...], tolerance: float) -> float | None:
         if abs(near - far) <= tolerance * max(abs(near), abs(far)):
             return near
     return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.detach(), b)
 
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:

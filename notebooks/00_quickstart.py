@@ -97,8 +97,8 @@ plot.images(
 #
 # What do we measure? The losses of this image and of nine others. `magic.attribute` trains the run, then goes
 # back through it step by step, and returns $\partial \varphi_k / \partial w_i$ for all ten outputs and all
-# 1,200 training images at once. It is not an estimate: it is the derivative, exact to rounding. Before it goes
-# back it also checks one of its own steps against a finite difference, and refuses if they disagree.
+# 1,200 training images at once. It is not an estimate: it is the derivative, exact to rounding. On its way back
+# it also checks some of its own steps against finite differences, and refuses if they disagree.
 
 # %%
 asked = [hardest, *(i for i in range(10) if i != hardest)][:10]

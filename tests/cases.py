@@ -63,13 +63,14 @@ class NowAndThen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.head = nn.Linear(FEATURES, 6, bias=False), nn.Linear(6, CLASSES)
+        self.a, self.b = nn.Linear(FEATURES, 6, bias=False), nn.Linear(6, 6, bias=False)
         self.norm, self.still = nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=0.0)
+        self.head = nn.Linear(6, CLASSES)
         self.register_buffer("mask", torch.tensor([0.0, 0.0, float("-inf")]))
 
     def forward(self, x):
-        h = self.still(self.a(x))
-        h = self.norm(2 * h) if x[:, 0].sum() > 0 or not self.training else h
+        h = self.b(F.gelu(self.still(self.a(x))))
+        h = self.norm(h) if x[:, 0].sum() > 0 or not self.training else h
         gate = (self.mask + h[:, :3]).softmax(1)[:, :1]
         return self.head(F.gelu(gate * h))
 
