@@ -77,6 +77,8 @@ def refusing(where: str):
     traced: list[Tensor] = []
     try:
         yield traced
+    except NotDifferentiable:
+        raise
     except RuntimeError as error:
         if "once_differentiable" in str(error):
             what = (

@@ -2,13 +2,14 @@
 
 Autograd differentiates what it is shown. A `detach()`, a `no_grad()` block, a buffer updated behind
 its back or an autograd Function with a wrong second derivative changes the derivative of a training
-run without any error. So while a replay goes back, some steps are compared with what
-they really do when their inputs move. The optimizer's update is ours and tested; compared is the part
-that is the user's: the gradient and the buffers as functions of parameters, buffers and weights, and what
-is measured as a function of the final state.
+run without any error. So while a replay goes back, some steps are compared with what they really do
+when their inputs move. The optimizer's update is ours and tested; compared is the part that is the
+user's: the gradient and the buffers as functions of parameters, buffers and weights (in float64), and
+what is measured as a function of the final state (in the run's precision).
 
-The comparison is in float64 and along random directions that scale each number by 1 + ε, so that
-exact zeros stay where they are (many are kinks) and variances stay positive.
+The directions are random and scale each number by 1 + ε, so that exact zeros stay where they are (many
+are kinks) and variances stay positive. A random direction misses what is small along it: this is a
+witness, not a proof.
 """
 
 from __future__ import annotations
