@@ -69,28 +69,21 @@ def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) 
 
 @contextlib.contextmanager
 def refusing(where: str):
-    """Turn autograd's refusals into NotDifferentiable, naming the operation.
+    """Turn autograd's refusals into NotDifferentiable, with the operation that PyTorch names.
 
-    Yields a list for the traced outputs, whose graph is searched for the user's own autograd
-    Functions when PyTorch's message names none.
+    A Function marked once_differentiable is not among them: autograd cuts its graph without a word,
+    and `magic.witness` finds it.
     """
-    traced: list[Tensor] = []
     try:
-        yield traced
+        yield
     except NotDifferentiable:
         raise
     except RuntimeError as error:
-        if "once_differentiable" in str(error):
-            what = (
-                f"{own_functions(traced) or 'an autograd Function'} cannot be differentiated twice: {error}"
-            )
-        elif "derivative" in str(error) or "differentiable" in str(error):
-            what = str(error).rstrip(".")
-        else:
+        if "derivative" not in str(error) and "differentiable" not in str(error):
             raise
         raise NotDifferentiable(
-            f"{where}: {what}. The derivative of a training step is a second derivative of the model; "
-            "use an operation that has one"
+            f"{where}: {str(error).rstrip('.')}. The derivative of a training step is a second derivative of "
+            "the model; use an operation that has one"
         ) from error
 
 
@@ -108,13 +101,12 @@ def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple
                and what the step adds to ∂φ/∂w: (K, B), for batches[t]
     """
     t, moved = state.step, run.moved(state)
-    with torch.enable_grad(), refusing(f"step {t}") as traced:
+    with torch.enable_grad(), refusing(f"step {t}"):
         params = _leaves(state.params)
         buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
         with differentiable():
-            total, grads, after = run.gradient(params, buffers, weight, t, create_graph=True)
-        traced.append(total)
+            _, grads, after = run.gradient(params, buffers, weight, t, create_graph=True)
         grads = {name: g for name, g in grads.items() if g is not None}
 
         direct, grad_cotangent = _pull_update(run, state, grads, cotangent)
@@ -198,12 +190,11 @@ def _lay(tensors: Iterable[Tensor]) -> Tensor:
 def measure_vjp(run: Run, state: State, measure: Callable) -> State:
     """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
     moved = run.moved(state)
-    with torch.enable_grad(), refusing("measure") as traced:
+    with torch.enable_grad(), refusing("measure"):
         params = _leaves(state.params)
         buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
         with differentiable():
             outputs = run.measured(measure, params, buffers)
-        traced.append(outputs)
         if not outputs.requires_grad:
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "

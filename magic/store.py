@@ -15,13 +15,16 @@ class Memory:
         self.peak_bytes = 0
 
     def save(self, t: int, state: State) -> None:
+        """Keep s_t."""
         self._states[t] = state
         self._bytes += state.nbytes
         self.peak_states = max(self.peak_states, len(self._states))
         self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def load(self, t: int) -> State:
+        """s_t; KeyError if it is not kept."""
         return self._states[t]
 
     def drop(self, t: int) -> None:
+        """Forget s_t; KeyError if it is not kept."""
         self._bytes -= self._states.pop(t).nbytes
