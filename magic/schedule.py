@@ -1,153 +1,346 @@
 """Which states to keep: a schedule is an iterator of actions, plain data that knows no numerics.
 
 To pull a cotangent back through T steps, the state before each step is needed, in reverse order.
-Keeping all T takes too much memory, so some are kept and the others are recomputed from them. Every
-policy here is the same recursion and differs only in where it splits [a, b):
+Keeping all T takes too much memory, so some are kept and the others are recomputed from them:
 
     reverse [a, b): advance from a to the split m, save s_m; reverse [m, b), drop s_m; reverse [a, m).
 
-The first way down this recursion passes through every step once: it *is* the training run.
+`binomial` and `store_all` are this recursion and differ only in where they split; `kary` splits into k
+parts at once. The first way down is the training run itself.
+
+The adjoint of a step also needs the step's trace (its autograd graph), which is larger than a state.
+One is made at a time unless a schedule says Trace: then as many as there is room for.
 
 Sources: Griewank & Walther 2000, "Revolve", ACM TOMS 26(1) (the binomial split is optimal);
-Engstrom et al. 2025, arXiv 2503.13751 (why a metagradient needs one).
+Engstrom et al. 2025, arXiv 2503.13751, section 3 (REPLAY, the lazy k-ary tree).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb
-from typing import NamedTuple
 
 
-class Load(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Load:
     """Take s_t out of the store as the current state."""
 
     t: int
 
 
-class Advance(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Advance:
     """Step the current state from t to `to`."""
 
     t: int
     to: int
 
 
-class Save(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Step the current state from t to `to` and keep the trace of each step until its Adjoint."""
+
+    t: int
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
     """Put the current state, s_t, into the store."""
 
     t: int
 
 
-class Drop(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Drop:
     """Forget s_t."""
 
     t: int
 
 
-class Adjoint(NamedTuple):
-    """Pull the cotangent back through step t, taken at the current state s_t."""
+@dataclass(frozen=True, slots=True)
+class Adjoint:
+    """Pull the cotangent back through step t: by its kept trace, released here, or from the current s_t."""
 
     t: int
 
 
-Action = Load | Advance | Save | Drop | Adjoint
+Action = Load | Advance | Trace | Save | Drop | Adjoint
 
 
-def reverse(steps: int, states: int, split: Callable[[int, int, int], int]) -> Iterator[Action]:
-    """Reverse `steps` steps with at most `states` states kept, s_0 among them.
+def reverse(
+    steps: int, states: int, split: Callable[[int, int, int], int], traces: int = 0
+) -> Iterator[Action]:
+    """Reverse `steps` steps with at most `states` states kept, s_0 among them, and `traces` traces.
 
     The recursion of the module's docstring, with its calls on a list: a run may keep more states
-    than Python may nest calls.
+    than Python may nest calls. split(a, b, slots) says where to save next in [a, b), with room for
+    `slots` more states. A segment is split no further when its traces fit or when no slot is left.
     """
-    if steps < 1 or states < 1:
-        raise ValueError(f"steps={steps}, states={states}: both are at least 1 (s_0 is always kept)")
+    if steps < 1 or states < 1 or traces < 0:
+        raise ValueError(
+            f"steps={steps}, states={states}, traces={traces}: "
+            "steps and states are at least 1 (s_0 is always kept), traces at least 0"
+        )
     yield Save(0)
     todo = [(0, steps, states - 1)]
     while todo:
         a, b, slots = todo.pop()
-        if b - a > 1 and slots > 0:
+        if b - a > max(traces, 1) and slots > 0:
             m = split(a, b, slots)
             yield Load(a)
             yield Advance(a, m)
             yield Save(m)
-            todo += [(a, m, slots), (m, b, slots - 1)]  # the later half is reversed first
+            todo += [(a, m, slots), (m, b, slots - 1)]  # the later part is reversed first
         else:
-            for t in reversed(range(a, b)):
-                yield Load(a)
-                if t > a:
-                    yield Advance(a, t)
-                yield Adjoint(t)
+            yield from pieces(a, b, traces)
             yield Drop(a)
 
 
-def binomial_split(a: int, b: int, slots: int) -> int:
-    """Where Revolve saves next: the split that makes the fewest extra steps, provably.
+def pieces(a: int, b: int, traces: int) -> Iterator[Action]:
+    """Reverse [a, b) from s_a alone, from its right end, in pieces whose traces fit."""
+    length = max(traces, 1)
+    for end in range(b, a, -length):
+        start = max(a, end - length)
+        yield Load(a)
+        if start > a:
+            yield Advance(a, start)
+        if traces:
+            yield Trace(start, end)
+        yield from map(Adjoint, reversed(range(start, end)))
+
+
+def binomial_split(steps: int, slots: int) -> int:
+    """How many of `steps` steps Revolve passes before it saves: this makes the fewest extra, provably.
 
     With s states beside the first and every step repeated at most r times, comb(s + r, s) steps can
     be reversed. The split leaves each side no longer than its share of the smallest such r allows.
+    Of the many best splits it takes the last one; `binomial` relies on that.
     """
-    steps = b - a
     repeats = 0
     while comb(slots + 1 + repeats, slots + 1) < steps:
         repeats += 1
     # Left of the split one repetition less is left; right of it, one state less.
     most_left = comb(slots + repeats, slots + 1)
-    least_right = comb(slots + repeats - 1, slots) if repeats > 1 else 1
-    most_right = comb(slots + repeats, slots)
-    left = max(steps - most_right, min(most_left, steps - least_right))
-    return a + min(max(left, 1), steps - 1)
+    least_right = comb(slots + repeats - 1, slots)
+    return min(most_left, steps - least_right)
 
 
-def binomial(steps: int, states: int) -> Iterator[Action]:
-    """The schedule with the fewest extra steps for `states` kept states, s_0 among them."""
-    return reverse(steps, states, binomial_split)
+def binomial(steps: int, states: int, traces: int = 0) -> Iterator[Action]:
+    """The schedule with the fewest extra steps for `states` kept states, s_0 among them.
+
+    With `traces` it is Revolve over blocks of that many steps, aligned at the end of the run, so that
+    the block that falls short is the first, which is passed most often. For traces = 0 or 1 the
+    optimum is proven; for more it is found, not proven: equal to the best of all splits in every
+    case tried (tests), and of all legal schedules in those small enough to search.
+    """
+    block = max(traces, 1)
+
+    def split(a: int, b: int, slots: int) -> int:
+        blocks = -(-(b - a) // block)
+        return b - (blocks - binomial_split(blocks, slots)) * block
+
+    return reverse(steps, states, split, traces)
 
 
 def store_all(steps: int) -> Iterator[Action]:
-    """Keep every state: T of them, and no step is done twice."""
+    """Keep every state: T of them, and no step is advanced twice."""
     return reverse(steps, steps, lambda a, b, slots: a + 1)
+
+
+def kary(steps: int, k: int) -> Iterator[Action]:
+    """The lazy k-ary tree of REPLAY (Engstrom et al. 2025, section 3).
+
+    The T states are the leaves, visited last to first. A node's k children are saved while stepping
+    through it once, and each is dropped after its visit; the first is the node's own state. Keeps at
+    most (k − 1)⌈log_k T⌉ + 1 states and advances at most T⌈log_k T⌉(k − 1)/k steps.
+    """
+    if steps < 1 or k < 2:
+        raise ValueError(
+            f"steps={steps}, k={k}: at least 1 step and 2 children; "
+            "k=2 keeps the fewest states, k=steps keeps all, binomial(steps, 1) keeps s_0 only"
+        )
+    yield Save(0)
+    todo = [(0, steps)]
+    while todo:
+        a, b = todo.pop()
+        yield Load(a)
+        if b - a == 1:
+            yield Adjoint(a)
+            yield Drop(a)
+            continue
+        parts = min(k, b - a)
+        children = list(pairwise(a + (b - a) * i // parts for i in range(parts + 1)))
+        for start, end in children[:-1]:
+            yield Advance(start, end)
+            yield Save(end)
+        todo += children  # the last is visited first
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a schedule takes: states kept at most, steps advanced, and how many of them are repeats."""
+    """What a schedule takes.
+
+    peak_states   states kept at once, at most
+    peak_traces   traces held at once, at most; the one an Adjoint makes for itself counts, so 1 or more
+    trained       steps the training itself has to advance: those not traced on the first way down
+    advanced      steps done by Advance
+    traced        steps done by Trace
+    saves, loads  states written to and read from the store, the current one too if a Load names it
+    """
 
     steps: int
     peak_states: int
+    peak_traces: int
+    trained: int
     advanced: int
+    traced: int
+    saves: int
+    loads: int
 
     @property
     def extra(self) -> int:
-        """Steps done again: the training itself advances to s_{T-1}, T − 1 steps."""
-        return self.advanced - (self.steps - 1)
+        """Steps advanced that training does not need: 0 if all states or all traces fit."""
+        return self.advanced - self.trained
+
+    @property
+    def forward(self) -> int:
+        """All steps done: every step once for its adjoint, by Trace or at the leaf, and the advanced ones."""
+        return self.steps + self.advanced
+
+    @property
+    def again(self) -> int:
+        """Steps done again, forward − T: T − 1 if all states are kept, 0 if all steps are traced."""
+        return self.forward - self.steps
 
 
-def cost(actions: Iterable[Action], steps: int) -> Cost:
-    """Walk through a schedule, check that every action is legal, and count.
+def walk(actions: Iterable[Action], steps: int) -> Iterator[tuple[Action, int, set[int], set[int]]]:
+    """Each action, and after it: the steps left to reverse, the states kept, the traces held.
 
-    Raises ValueError at the first action that is not: loading what is not kept, advancing from
-    another state than the current one, an adjoint out of order, or an end with steps left over.
+    Raises ValueError at the first action that is not legal, and at an end with anything left over.
     """
-    kept: set[int] = set()
-    current, todo, peak, advanced = 0, steps, 0, 0
+    current, todo, kept, traces = 0, steps, set(), set()
     for action in actions:
+        was, left = current, todo
         match action:
             case Load(t):
                 legal, current = t in kept, t
-            case Advance(t, to):
-                legal, current, advanced = t == current < to < todo, to, advanced + to - t
             case Save(t):
-                legal = t == current and t not in kept
+                legal = t == current < todo and t not in kept
                 kept.add(t)
             case Drop(t):
                 legal = t in kept
                 kept.discard(t)
+            case Advance(t, to):
+                legal, current = t == current < to < todo, to
+            case Trace(t, to):
+                legal, current = t == current < to <= todo and traces.isdisjoint(range(t, to)), to
+                traces.update(range(t, to))
             case Adjoint(t):
-                legal, todo = t == current == todo - 1, t
-        peak = max(peak, len(kept))
+                legal, todo = t == todo - 1 and (t == current or t in traces), t
+                traces.discard(t)
+            case _:
+                legal = False
         if not legal:
-            raise ValueError(f"{action} is not legal: current s_{current}, {todo} steps to reverse")
+            raise ValueError(f"{action} is not legal: current s_{was}, {left} steps to reverse")
+        yield action, todo, kept, traces
     if todo or kept:
-        raise ValueError(f"the schedule ends with {todo} steps not reversed and {sorted(kept)} kept")
-    return Cost(steps, peak, advanced)
+        raise ValueError(f"the schedule ends with {todo} steps not reversed and {sorted(kept)[:9]} kept")
+
+
+def check(
+    actions: Iterable[Action], steps: int, states: int | None = None, traces: int | None = None
+) -> Cost:
+    """Prove that a schedule is legal, by walking through it, and count what it takes.
+
+    Raises ValueError at the first action that is not legal (loading what is not kept, stepping from
+    another state than the current one, an adjoint out of order or with neither state nor trace) or
+    that holds more than `states` states or `traces` traces at once (one trace is always allowed).
+    """
+    most_states = steps if states is None else states
+    most_traces = steps if traces is None else max(traces, 1)
+    done: Counter[type] = Counter()
+    peak_states = peak_traces = trained = 0
+    for action, todo, kept, traced in walk(actions, steps):
+        done[type(action)] += action.to - action.t if isinstance(action, Advance | Trace) else 1
+        if todo == steps - 1 and isinstance(action, Adjoint):
+            trained = todo - len(traced)
+        peak_states = max(peak_states, len(kept))
+        peak_traces = max(peak_traces, len(traced) + isinstance(action, Adjoint))
+        if peak_states > most_states or peak_traces > most_traces:
+            raise ValueError(
+                f"{action} is too much: {peak_states} states and {peak_traces} traces are held at once, "
+                f"and at most {most_states} and {most_traces} may be"
+            )
+    counts = {"advanced": done[Advance], "traced": done[Trace], "saves": done[Save], "loads": done[Load]}
+    return Cost(steps, peak_states, peak_traces, trained, **counts)
+
+
+cost = check  # what a schedule takes, when no limit is asked for
+
+MARKS = " ·─═●◄"  # where two meet, the later one is seen
+LEGEND = "● kept   ─ advanced   ═ traced   ◄ adjoint   · waits for its adjoint"
+
+
+def draw(actions: Iterable[Action], steps: int, width: int = 64) -> str:
+    """A picture of a schedule in text: training steps from left to right, time from top to bottom.
+
+    A row is one sweep, a way forward and the adjoints after it; the number is the steps it advanced.
+    In a picture too large, a column stands for several steps and a row for several sweeps; such a
+    row shows the states kept at its first adjoint.
+    """
+    actions = list(actions)
+    took = check(actions, steps)
+    columns = 2 * steps if 2 * steps <= width else min(steps, width)
+    turns = [isinstance(a, Adjoint) and not isinstance(b, Adjoint) for a, b in pairwise([*actions, None])]
+    sweeps = 1 if 2 * sum(turns) <= width else -(-sum(turns) // 20)
+    total = (
+        f"{steps:,} steps, states kept: {took.peak_states:,}, traces held: {took.peak_traces:,}, "
+        f"steps advanced: {took.advanced:,}, {took.extra:,} of them extra"
+    )
+    scale = f"a column is {steps / columns:.3g} steps, a row {sweeps:,} sweeps"
+    lines = [_ruler(steps, columns), *_rows(actions, turns, steps, columns, sweeps), LEGEND, total]
+    return "\n".join(lines + [scale] * (sweeps > 1))
+
+
+def _ruler(steps: int, columns: int) -> str:
+    gaps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
+    gap = next(g for g in gaps if g * columns >= (len(str(steps)) + 3) * steps)
+    line = ""
+    for t in range(0, steps, gap):
+        start = t * columns // steps
+        if start + len(str(t)) <= columns:
+            line = line.ljust(start) + str(t)
+    return line.ljust(columns) + "  advanced"
+
+
+def _rows(actions: list[Action], turns: list[bool], steps: int, columns: int, sweeps: int) -> Iterator[str]:
+    half = columns // steps // 2  # two columns to a step: the state before it, and the step itself
+    row, advanced, left = [MARKS.index("·")] * columns, 0, sum(turns)
+
+    def column(t: int) -> int:
+        return t * columns // steps
+
+    def paint(mark: str, first: int, last: int) -> None:
+        for i in range(first, last + 1):
+            row[i] = max(row[i], MARKS.index(mark))
+
+    for (action, todo, kept, _), turn in zip(walk(actions, steps), turns, strict=True):
+        match action:
+            case Advance(t, to):
+                paint("─", column(t), column(to))
+                advanced += to - t
+            case Trace(t, to):
+                paint("═", column(t), column(to - 1))
+            case Adjoint(t):
+                for s in kept if MARKS.index("◄") not in row else ():
+                    paint("●", column(s), column(s))
+                paint("◄", column(t) + half, column(t) + half)
+        left -= turn
+        if turn and left % sweeps == 0:
+            yield "".join(MARKS[mark] for mark in row) + f"{advanced:10,}"
+            row, advanced = [0] * columns, 0
+            paint("·", 0, column(todo) - 1)
