@@ -6,18 +6,22 @@ scores.removal_effect([42])                     # predicted change of each measu
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 """
 
-from . import determinism
+from . import determinism, schedule
 from .adjoint import NotDifferentiable
 from .attribution import Attribution, attribute
 from .counterfactual import LDS, lds, retrain
 from .determinism import NotDeterministic, fingerprint
-from .replay import Plan, plan
-from .run import NonFinite, ReplayMismatch, Run, batches
+from .health import Health
+from .planning import Plan, plan
+from .replay import train
+from .run import NonFinite, Run, batches
 from .state import State
+from .verify import ReplayMismatch
 
 __all__ = [
     "LDS",
     "Attribution",
+    "Health",
     "NonFinite",
     "NotDeterministic",
     "NotDifferentiable",
@@ -32,4 +36,6 @@ __all__ = [
     "lds",
     "plan",
     "retrain",
+    "schedule",
+    "train",
 ]

@@ -3,29 +3,29 @@
 REPLAY (Engstrom et al. 2025, arXiv 2503.13751), section 3. One step is s' = U(s, g), with U the
 optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' is pulled back in two pulls:
 
-1. through U, which is elementwise:   Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
+1. through U, which is elementwise (`magic.optim_adjoint`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
 2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
                                       (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
 
-Both are autograd over the very functions that training calls (reverse over reverse). The first
-backward pass is traced once; the pull through it is batched over the K targets by `torch.vmap`.
-
-Where PyTorch has no second derivative of an operation, an equivalent expression takes its place
-(`magic.equivalents`). That is allowed here, where a state is only linearised around; never in training.
+The second is autograd over the very function that training calls, reverse over reverse: the step is
+traced once (`trace`), and the pull through the trace is batched over targets by `torch.vmap`. Where
+PyTorch has no second derivative of an operation, or a slow one, another takes its place
+(`magic.equivalents`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .equivalents import differentiable
 from .inputs import graph_nodes
-from .optim import safe_sqrt
+from .optim_adjoint import ADJOINTS, Pull
 from .run import Run
 from .state import State
 
@@ -42,29 +42,65 @@ def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: x.detach().requires_grad_() for k, x in tensors.items()}
 
 
-def pull(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-    """The vector-Jacobian products of K cotangents, (K, *output) -> (K, *input), in one batched call."""
-    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
-    outputs, cotangents = [y for y, _ in pairs], [c for _, c in pairs]
+def pull(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: Callable[[slice], list[Tensor]],
+    count: int,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Vector-Jacobian products for `count` targets, at most `chunk` of them in flight at once.
+
+    cotangents   rows of targets -> their cotangents, (rows, *output) for each output; asked for once
+    yields       rows, and their products, (rows, *input) for each input
+
+    Where an operation cannot be batched, warns with its name and goes on one by one.
+    """
+    used = [i for i, y in enumerate(outputs) if y.requires_grad]
+    outputs = [outputs[i] for i in used]
 
     def vjp(*rows):
         return torch.autograd.grad(
             outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
         )
 
-    if len(cotangents[0]) == 1:
-        return tuple(x.unsqueeze(0) for x in vjp(*(c[0] for c in cotangents)))
+    def one_by_one(rows: slice, given: list[Tensor]):
+        for k in range(rows.stop - rows.start):
+            products = vjp(*(c[k] for c in given))
+            yield slice(rows.start + k, rows.start + k + 1), tuple(x.unsqueeze(0) for x in products)
+
+    parts = -(-count // chunk)
+    edges = [count * i // parts for i in range(parts + 1)]
+    for rows in map(slice, edges[:-1], edges[1:]):
+        everything = cotangents(rows)
+        given = [everything[i] for i in used]
+        if rows.stop - rows.start == 1:
+            yield from one_by_one(rows, given)
+            continue
+        try:
+            with _no_slow_batching():
+                products = torch.vmap(vjp)(*given)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "atch" not in str(error):
+                raise
+            warnings.warn(
+                f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=3
+            )
+            yield from one_by_one(rows, given)
+            continue
+        yield rows, products
+
+
+@contextlib.contextmanager
+def _no_slow_batching():
+    """An operation that vmap has no batching rule for raises, instead of being looped over in silence."""
+    functorch = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
     try:
-        return torch.vmap(vjp, chunk_size=CHUNK)(*cotangents)
-    except RuntimeError as error:
-        if "vmap" not in str(error) and "batch" not in str(error):
-            raise
-        warnings.warn(
-            f"the {len(cotangents[0])} targets are pulled back one by one, which is slower: {error}",
-            stacklevel=2,
-        )
-        rows = [vjp(*(c[k] for c in cotangents)) for k in range(len(cotangents[0]))]
-        return tuple(torch.stack(x) for x in zip(*rows, strict=True))
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 @contextlib.contextmanager
@@ -90,105 +126,111 @@ def refusing(where: str):
 def own_functions(tensors: list[Tensor]) -> str:
     """The names of the user's autograd Functions in the graphs of these tensors, comma-separated."""
     own = torch.autograd.function.BackwardCFunction
-    return ", ".join({node.name(): True for node in graph_nodes(tensors) if isinstance(node, own)})
+    names = {node.name(): True for node in graph_nodes(tensors) if isinstance(node, own)}
+    return ", ".join(name for name in names if not name.startswith("_"))
 
 
-def step_vjp(run: Run, state: State, cotangent: State, weights: Tensor) -> tuple[State, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Step t with the graph of its gradient: all that its pull needs.
+
+    state           s_t
+    params, buffers, weight   the leaves of the graph
+    grads           name -> gradient, of the parameters that the step uses
+    buffers_after   the buffers of s_{t+1}, as functions of the leaves
+    after           s_{t+1}, or None where it was not asked for
+    """
+
+    state: State
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    weight: Tensor
+    grads: dict[str, Tensor]
+    buffers_after: dict[str, Tensor]
+    after: State | None
+
+
+def trace(run: Run, state: State, weights: Tensor, step: bool = True) -> Traced:
+    """Do step t with its gradient's own graph recorded; with `step`, go on to s_{t+1}.
+
+    s_{t+1} has training's bits: the graph is recorded around the operations that training uses. Only
+    where an expression with other bits stood in for one is the step done once more, as in training.
+    """
+    t = state.step
+    with torch.enable_grad(), refusing(f"step {t}"):
+        params = _leaves(state.params)
+        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in run.moved(state)})
+        weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
+        gradient = run.gradient(params, buffers, weight, t, create_graph=True)
+    after = None
+    if step:
+        after = (
+            run.moved_on(state, weight.detach(), gradient) if gradient.same_bits else run.step(state, weights)
+        )
+    grads = {name: g for name, g in gradient.by_name.items() if g is not None}
+    return Traced(state, params, buffers, weight, grads, gradient.buffers, after)
+
+
+def step_vjp(
+    run: Run, state: State, cotangent: State, weights: Tensor, *, chunk: int = CHUNK
+) -> tuple[State, Tensor]:
     """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
 
     cotangent  a State whose tensors have a leading axis K
+    chunk      how many of the K targets are pulled back at once
     returns    ∂φ/∂s_t in the same form, of the buffers only those that depend on the weights by then,
                and what the step adds to ∂φ/∂w: (K, B), for batches[t]
     """
-    t, moved = state.step, run.moved(state)
+    traced = trace(run, state, weights, step=False)
+    return traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
+
+
+def traced_vjp(run: Run, traced: Traced, cotangent: State, chunk: int = CHUNK) -> tuple[State, Tensor]:
+    """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up."""
+    state, t, moved = traced.state, traced.state.step, run.moved(traced.state)
+    updates = _adjoints(run, traced)
+    inputs = [*traced.params.values(), *(traced.buffers[name] for name in moved), traced.weight]
+    outputs = [*traced.grads.values(), *(traced.buffers_after[name] for name in cotangent.buffers)]
+    count = len(next(iter(cotangent.params.values())))
+    to_buffers = {k: state.buffers[k].new_empty(count, *state.buffers[k].shape) for k in moved}
+    scores = traced.weight.new_empty(count, len(traced.weight))
+    fresh = [*to_buffers.values(), scores]
+
+    def through_the_update(rows: slice) -> list[Tensor]:
+        """The first pull, in place on these rows of the cotangent; returns what reaches the outputs."""
+        to_grads = []
+        for name, update in updates.items():
+            slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
+            to_grads.append(update({"param": cotangent.params[name][rows], **slots}))
+        return to_grads + [c[rows] for c in cotangent.buffers.values()]
+
     with torch.enable_grad(), refusing(f"step {t}"):
-        params = _leaves(state.params)
-        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
-        weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
-        with differentiable():
-            _, grads, after = run.gradient(params, buffers, weight, t, create_graph=True)
-        grads = {name: g for name, g in grads.items() if g is not None}
-
-        direct, grad_cotangent = _pull_update(run, state, grads, cotangent)
-
-        outputs = list(grads.values()) + [after[name] for name in cotangent.buffers]
-        cotangents = [grad_cotangent[name] for name in grads] + list(cotangent.buffers.values())
-        inputs = [*params.values(), *(buffers[name] for name in moved), weight]
-        *pulled, scores = pull(outputs, inputs, cotangents)
-    to_params = {name: direct.params[name] + x for name, x in zip(params, pulled[: len(params)], strict=True)}
-    to_buffers = dict(zip(moved, pulled[len(params) :], strict=True))
-    return State(to_params, to_buffers, direct.slots, t), scores
+        for rows, products in pull(outputs, inputs, through_the_update, count, chunk):
+            for name, product in zip(traced.params, products, strict=False):
+                cotangent.params[name][rows].add_(product)
+            for x, product in zip(fresh, products[len(traced.params) :], strict=True):
+                x[rows] = product
+    before = {
+        name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
+        for name, slots in state.slots.items()
+    }
+    return State(cotangent.params, to_buffers, before, t), scores
 
 
-def _pull_update(run: Run, state: State, grads: dict, cotangent: State) -> tuple[State, dict]:
-    """The first pull, through the optimizer's update U: to the state directly, and to the gradient.
-
-    U is elementwise: ∂output/∂input is a diagonal, one vector for each pair, and the same for all K
-    targets. Parameters with equal hyper-parameters and equal memory are laid end to end for it.
-    """
-    to_params, to_slots, to_grads = dict(cotangent.params), dict(cotangent.slots), {}
-    for names in _alike(run, state, grads):
-        diagonals = _diagonals(run, state, {name: grads[name].detach() for name in names})
-        sizes = [state.params[name].numel() for name in names]
-        pieces = {pair: x.split(sizes) for pair, x in diagonals.items()}
-        for i, name in enumerate(names):
-            coming = {"param": cotangent.params[name]} | cotangent.slots[name]
-            shape = state.params[name].shape
-            pulled = {kind: torch.zeros_like(coming["param"]) for kind in ("param", "grad")}
-            pulled |= {k: torch.zeros_like(coming["param"]) for k in _moving(state.slots[name])}
-            for (output, kind), piece in pieces.items():
-                pulled[kind].addcmul_(coming[output], piece[i].view(shape))
-            to_params[name], to_grads[name] = pulled.pop("param"), pulled.pop("grad")
-            to_slots[name] = pulled
-    return State(to_params, cotangent.buffers, to_slots, state.step), to_grads
+def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
+    """The adjoint of each parameter's update."""
+    adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
+    after = traced.after.slots if traced.after else {}
+    return {
+        k: adjoint(state.params[k], g.detach(), state.slots[k], hyper[run.group_of[k]], after.get(k))
+        for k, g in traced.grads.items()
+    }
 
 
-def _diagonals(run: Run, state: State, grads: dict) -> dict[tuple[str, str], Tensor]:
-    """(output, input) -> ∂output/∂input of the update, elementwise, over these parameters end to end."""
-    names = list(grads)
-    slots = state.slots[names[0]]
-    flat = {"param": _lay(state.params[name] for name in names), "grad": _lay(grads.values())}
-    flat |= {k: _lay(state.slots[name][k] for name in names) for k in _moving(slots)}
-    flat = {k: x.detach().requires_grad_() for k, x in flat.items()}
-    hyper = run.hypers[state.step][run.group_of[names[0]]]
-    given = {k: flat.get(k, x) for k, x in slots.items()}
-    param, after = run.rule(flat["param"], flat["grad"], given, hyper, sqrt=safe_sqrt)
-    outputs = {"param": param} | {k: after[k] for k in _moving(after)}
-    found = {}
-    for output, y in outputs.items():
-        ones = torch.ones_like(y)
-        for kind, x in zip(
-            flat,
-            torch.autograd.grad(y, list(flat.values()), ones, retain_graph=True, allow_unused=True),
-            strict=True,
-        ):
-            if x is not None:
-                found[output, kind] = x
-    return found
-
-
-def _moving(slots: dict[str, Tensor]) -> list[str]:
-    """The slots that carry derivative: all but integer counters."""
-    return [k for k, x in slots.items() if x.is_floating_point()]
-
-
-def _alike(run: Run, state: State, grads: dict) -> list[list[str]]:
-    """The names in `grads`, grouped by what their update depends on besides the elements themselves."""
-    groups: dict[tuple, list[str]] = {}
-    for name in grads:
-        p, slots = state.params[name], state.slots[name]
-        count = slots["step"].item() if "step" in slots else None
-        groups.setdefault((run.group_of[name], tuple(slots), count, p.dtype, p.device), []).append(name)
-    return list(groups.values())
-
-
-def _lay(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors laid end to end."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
-def measure_vjp(run: Run, state: State, measure: Callable) -> State:
-    """Δ_T = ∂φ/∂s_T for each of the K numbers that measure(model) returns: a State of (K, ...) tensors."""
+def measure_vjp(
+    run: Run, state: State, measure: Callable, rows: slice | None = None, chunk: int = CHUNK
+) -> State:
+    """Δ_T = ∂φ/∂s_T for the K numbers that measure(model) returns, or those in `rows`: (K, ...) tensors."""
     moved = run.moved(state)
     with torch.enable_grad(), refusing("measure"):
         params = _leaves(state.params)
@@ -202,12 +244,16 @@ def measure_vjp(run: Run, state: State, measure: Callable) -> State:
                 "margin has a derivative, an accuracy has none"
             )
         inputs = [*params.values(), *(buffers[name] for name in moved)]
-        one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-        pulled = pull([outputs], inputs, [one_each])
+        one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]
+        pulled = [x.new_empty(len(one_each), *x.shape) for x in inputs]
+        count = len(one_each)
+        for some, products in pull([outputs], inputs, lambda some: [one_each[some]], count, chunk):
+            for x, product in zip(pulled, products, strict=True):
+                x[some] = product
     to_params = dict(zip(params, pulled[: len(params)], strict=True))
     to_buffers = dict(zip(moved, pulled[len(params) :], strict=True))
     to_slots = {
-        name: {k: x.new_zeros(len(outputs), *x.shape) for k, x in slots.items() if x.is_floating_point()}
+        name: {k: x.new_zeros(len(one_each), *x.shape) for k, x in slots.items() if x.is_floating_point()}
         for name, slots in state.slots.items()
     }
     return State(to_params, to_buffers, to_slots, state.step)

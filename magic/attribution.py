@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .health import Health
 from .inputs import check_indices
-from .replay import Plan, metagradient, plan
+from .planning import Plan
+from .planning import plan as settle
+from .replay import measured_outputs, metagradient
 from .run import Run
 
 
@@ -32,6 +35,7 @@ class Attribution:
     at       (n,): that point, data weights
     run, measure   what was attributed; None after `load` unless given there
     plan     what the replay kept and repeated
+    health   how far the scores can be trusted
     run_fingerprint   the run's, which `save` keeps
     """
 
@@ -41,6 +45,7 @@ class Attribution:
     run: Run | None = None
     measure: Callable | None = None
     plan: Plan | None = None
+    health: Health | None = None
     run_fingerprint: str | None = None
 
     def __post_init__(self):
@@ -157,23 +162,29 @@ def attribute(
     at: Tensor | float | None = None,
     progress: bool = True,
     *,
-    states: int | None = None,
     memory: float | str = "1GB",
+    disk: str | os.PathLike | None = None,
+    plan: Plan | None = None,
 ) -> Attribution:
     """The exact derivative of measure(trained model) with respect to every data weight.
 
     measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
-             eval mode. All K are differentiated in one replay
+             eval mode. All K are differentiated together, as many in one replay as `memory` allows
     at       where to differentiate: None for w = 1, a number for all examples, or an (n,) tensor
-    states   keep at most this many training states, s_0 counted; the others are recomputed
-    memory   or keep as many as fit into this many bytes; ignored when `states` is given
     progress prints what the replay will keep and repeat before it starts, and shows a bar
+    memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device
+    disk     a folder: for states that do not fit, and so that a replay that was killed goes on to the
+             same bits; one that is finished is read from it
+    plan     what `magic.plan` returned, in place of `memory`
 
     Raises NotDifferentiable, NonFinite or ReplayMismatch when one of its checks finds the derivative
-    wrong, and warns when a check could not be made.
+    wrong, and warns when a check could not be made or the scores are not to be trusted (`.health`).
     """
-    weights, planned = run.weights(at), plan(run, states, memory)
+    weights = run.weights(at)
+    targets = len(measured_outputs(run, run.initial, measure, finite=False))
+    planned = plan.of(targets, run.steps) if plan else settle(run, targets, memory, disk=disk)
     if progress:
         print(planned)
-    replay = metagradient(run, measure, weights, planned, progress)
-    return Attribution(replay.values, replay.outputs, weights, run, measure, planned)
+    replay = metagradient(run, measure, weights, planned, progress, disk)
+    replay.health.warn()
+    return Attribution(replay.values, replay.outputs, weights, run, measure, planned, health=replay.health)

@@ -116,6 +116,16 @@ def _fix(settings: Settings) -> None:
         settings._set(f"{name}.fp32_precision", *_attribute(owner, "fp32_precision"), "ieee")
 
 
+def numerics() -> dict[str, object]:
+    """What the bits of a sum depend on besides the code: version, thread count, processor, device."""
+    return {
+        "PyTorch": torch.__version__,
+        "the thread count": torch.get_num_threads(),
+        "the processor's instruction set": torch.backends.cpu.get_cpu_capability(),
+        "the GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def seed_step(seed: int, t: int) -> None:
     """Seed torch for training step t of the run with this seed.
 
@@ -156,7 +166,12 @@ def fingerprint(thing) -> str:
     elif hasattr(thing, "flatten"):
         thing = thing.flatten()
     parts = "".join(f"{name}={digest};" for name, digest in fingerprints(thing).items())
-    return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+    return digest(parts)
+
+
+def digest(text: str) -> str:
+    """16 hex digits (BLAKE2b) of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager

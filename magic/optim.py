@@ -2,8 +2,7 @@
 
 An update is `rule(param, grad, slots, hyper) -> (param, slots)`. It repeats, out of place, the very
 operations of PyTorch's single-tensor implementation in their order, so that a step gives the bits
-that `optimizer.step()` gives. The adjoint differentiates the same functions; it passes another
-`sqrt`, see `safe_sqrt`.
+that `optimizer.step()` gives. `magic.optim_adjoint` has its derivative.
 
 Source: torch/optim/sgd.py and adam.py; Kingma & Ba 2015; Loshchilov & Hutter 2019.
 """
@@ -21,11 +20,8 @@ Slots = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, Slots]]
 
 
-def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=None) -> tuple[Tensor, Slots]:
-    """One update of torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize.
-
-    `sqrt` is there because every rule takes it; SGD has no root.
-    """
+def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
+    """One update of torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize."""
     if hyper["maximize"]:
         grad = -grad
     if hyper["weight_decay"] != 0:
@@ -41,7 +37,7 @@ def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=None) -> tu
     return param.add(grad, alpha=-hyper["lr"]), slots
 
 
-def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt) -> tuple[Tensor, Slots]:
+def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
     """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize."""
     lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
     if hyper["maximize"]:
@@ -64,21 +60,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, sqrt=torch.sqrt
     if hyper["amsgrad"]:
         v = new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], v)
     t = step.item()
-    denominator = (sqrt(v) / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
+    denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
     return param.addcdiv(m, denominator, value=-(lr / (1 - beta1**t))), new
-
-
-def safe_sqrt(v: Tensor) -> Tensor:
-    """sqrt(v), with derivative 0 where v = 0 instead of infinity.
-
-    Adam's v is 0 where every gradient has been 0, as in an embedding row that no batch has touched (or
-    so small that its square underflows).
-    Near that point the update is m / (c|g| + eps) with m proportional to g, which is differentiable
-    at g = 0 with the derivative that its numerator alone gives. Autograd instead multiplies the
-    numerator, 0, with the derivative of sqrt there, infinity, and returns NaN.
-    """
-    positive = v > 0
-    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
 RULES: dict[type, Rule] = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}

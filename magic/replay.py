@@ -2,87 +2,28 @@
 
 Engstrom et al. 2025, arXiv 2503.13751, section 3. The metagradient ∂φ(f(w))/∂w is computed exactly:
 states are recomputed from the few that are kept, last step first, and the cotangent ∂φ/∂s is pulled
-back through each. All K measured outputs go back together, so the recomputation is paid once.
+back through each. Targets go back together, so the recomputation is paid once for all of them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import determinism, schedule
-from .adjoint import measure_vjp, step_vjp
+from . import determinism, health, schedule
+from .adjoint import Traced, measure_vjp, trace, traced_vjp
+from .directory import Directory, Progress
+from .planning import Plan
 from .progress import bar
 from .run import NonFinite, Run
 from .state import State
-from .store import Memory
+from .store import Host, Memory, Store
+from .verify import ReplayMismatch, checksums
 from .witness import check_measure, check_step
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(memory: float | str) -> int:
-    """2_000_000_000 from "2GB", 2e9 or 2_000_000_000."""
-    if isinstance(memory, (int, float)):
-        return int(memory)
-    text = str(memory).strip().upper()
-    for unit in sorted(UNITS, key=len, reverse=True):
-        if text.endswith(unit):
-            try:
-                return int(float(text[: -len(unit)]) * UNITS[unit])
-            except ValueError:
-                break
-    raise ValueError(f'memory={memory!r}: write a number of bytes, or a string such as "500MB" or "2GB"')
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a replay will keep and repeat, known before it starts."""
-
-    steps: int
-    states: int
-    state_bytes: int
-    extra: int
-
-    def actions(self):
-        """The schedule itself."""
-        if self.states >= self.steps:
-            return schedule.store_all(self.steps)
-        return schedule.binomial(self.steps, self.states)
-
-    def __str__(self) -> str:
-        size = self.states * self.state_bytes / 1e6
-        return (
-            f"replay of {self.steps:,} steps: {self.states:,} states kept ({size:,.1f} MB), "
-            f"{self.extra:,} steps done again ({self.extra / self.steps:.2f} per step)"
-        )
-
-
-def plan(run: Run, states: int | None = None, memory: float | str = "1GB") -> Plan:
-    """How many states to keep: `states` if given (s_0 counts), else as many as fit into `memory`.
-
-    `memory` bounds the states kept; the state being advanced, the K cotangents and the trace of one
-    step come on top.
-    """
-    # An optimizer's slots fill in the first step, so s_1 tells the size.
-    with determinism.fix():
-        shared = {id(x) for x in run.initial.buffers.values()}
-        first = run.step(run.initial, run.weights()).flatten().values()
-        state_bytes = sum(x.numel() * x.element_size() for x in first if id(x) not in shared)
-    if states is not None and not isinstance(states, int):
-        raise TypeError(f"states={states!r}: the number of states to keep is an integer")
-    if states is None:
-        states = parse_bytes(memory) // state_bytes
-        if states < 1:
-            raise ValueError(
-                f"memory={memory!r} holds not one state; the least that works is {state_bytes:,} bytes"
-            )
-    states = min(states, run.steps)
-    draft = Plan(run.steps, states, state_bytes, 0)
-    return Plan(run.steps, states, state_bytes, schedule.cost(draft.actions(), run.steps).extra)
 
 
 @dataclass(frozen=True)
@@ -91,50 +32,186 @@ class Replay:
 
     values   (K, n), ∂φ_k(f(w))/∂w_i
     outputs  (K,), φ(f(w))
+    peak_states, peak_bytes   kept at once in memory, on the host and on disk
     """
 
     values: Tensor
     outputs: Tensor
     plan: Plan
-    peak_states: int
-    peak_bytes: int
+    health: health.Health
+    peak_states: tuple[int, ...] = (0, 0, 0)
+    peak_bytes: tuple[int, ...] = (0, 0, 0)
+
+
+def train(
+    run: Run, weights=None, *, disk: str | os.PathLike, progress: bool = True, allow_negative: bool = False
+) -> State:
+    """`run.train(weights)` with a folder: a training that was killed goes on where it was noted last.
+
+    The bits are the same. A training that is finished is read from the folder. Raises ValueError for a
+    folder of another run, of other data or code, or from a machine that calculates otherwise.
+    """
+    weights = run.weights(weights, allow_negative=allow_negative)
+    with Directory.open(disk, run, weights, "a training") as folder, determinism.fix():
+        passed = run.passed(weights)
+        passed.adopt(folder.passed())
+        state = folder.latest() or run.initial
+        with bar(run.steps - state.step, "train", progress) as shown:
+
+            def after(state: State) -> None:
+                shown.update()
+                folder.note_training(state, passed, now=state.step == run.steps)
+
+            return run.advance(state, run.steps, weights, passed, after)
 
 
 def metagradient(
-    run: Run, measure: Callable, weights: Tensor, planned: Plan, progress: bool = True
+    run: Run,
+    measure: Callable,
+    weights: Tensor,
+    planned: Plan,
+    progress: bool = True,
+    disk: str | os.PathLike | None = None,
 ) -> Replay:
-    """The exact derivative of measure(trained model) with respect to every data weight, at `weights`."""
-    store, state, cotangent = Memory(), run.initial, None
-    values = outputs = None
-    witnessed = {run.steps // 3, 2 * run.steps // 3} - {run.steps - 1}
-    measured_outputs(run, run.initial, measure, finite=False)  # a mistake in measure is told before training
-    total = 2 * run.steps + planned.extra
-    with determinism.fix(), bar(total, "differentiate", progress) as shown:
-        for action in planned.actions():
+    """The exact derivative of measure(trained model) with respect to every data weight, at `weights`.
+
+    With `disk`, states may lie there, and a replay that was killed goes on to the same bits.
+    """
+    start = measured_outputs(run, run.initial, measure, finite=False)  # a mistake in measure is told first
+    if disk is None:
+        return _Sweeps(run, measure, weights, planned, None).all(progress)
+    what = f"a replay of {len(start)} targets, {determinism.fingerprint(start)} at the start"
+    with Directory.open(disk, run, weights, what) as folder:
+        made = folder.choices({"group": planned.group, "chunk": planned.chunk})
+        return _Sweeps(run, measure, weights, replace(planned, **made), folder).all(progress)
+
+
+class _Sweeps:
+    """A replay at work: one way down and back for each group of targets."""
+
+    def __init__(self, run: Run, measure: Callable, weights: Tensor, planned: Plan, folder: Directory | None):
+        self.run, self.measure, self.weights, self.plan, self.folder = run, measure, weights, planned, folder
+        self.passed = run.passed(weights)
+        self.values = self.outputs = None
+        self.sizes: dict[int, list[float]] = {}
+        self.witnessed: dict[int, float | None] = {}
+        self.traced: dict[int, Traced] = {}
+        self.peaks = [(0, 0)] * 3
+
+    def all(self, progress: bool) -> Replay:
+        """Every sweep that is still to be made."""
+        run, K, group = self.run, self.plan.targets, self.plan.group
+        begun = self.folder.progress() if self.folder else None
+        if begun is not None:
+            self.values, self.outputs, self.sizes = begun.values, begun.outputs, begun.sizes
+        if self.folder:
+            self.passed.adopt(self.folder.passed())
+        first = begun.rows.start if begun else 0
+        work = (2 * run.steps + self.plan.extra) * -(-(K - first) // group)
+        with determinism.fix(), bar(work, "differentiate", progress) as self.shown:
+            for start in range(first, K, group):
+                self.rows = slice(start, min(start + group, K))
+                self.sweep(begun)
+                begun = None
+        sizes = tuple((t, tuple(row)) for t, row in sorted(self.sizes.items(), reverse=True))
+        found = health.Health(run.steps, sizes, self.passed.verified, self.witnessed)
+        return Replay(self.values, self.outputs, self.plan, found, *map(tuple, zip(*self.peaks, strict=True)))
+
+    def sweep(self, begun: Progress | None) -> None:
+        """One way down and back, or the rest of one."""
+        run, folder = self.run, self.folder
+        self.cotangent = begun.cotangent if begun else None
+        todo = run.steps if self.cotangent is None else begun.t
+        kept = [0, *(t for t in folder.kept(todo) if t > 0)] if folder else None
+        places = [Memory(), Host(run.device, run.initial), folder.states if folder else None]
+        store = Store(places, self.plan.tier_of, kept or ())
+        if kept:
+            store.save(0, run.initial)
+        self.state = run.initial
+        for action in self.plan.actions(kept, todo):
             match action:
                 case schedule.Save(t):
-                    store.save(t, state)
+                    store.save(t, self.state)
                 case schedule.Load(t):
-                    state = store.load(t)
+                    if self.state.step != t:
+                        self.state = store.load(t)
                 case schedule.Drop(t):
                     store.drop(t)
                 case schedule.Advance(_, to):
-                    state = run.advance(state, to, weights, shown)
+                    self.state = run.advance(self.state, to, self.weights, self.passed, self.after_step)
+                case schedule.Trace(_, to):
+                    while self.state.step < to:
+                        self.trace_on()
                 case schedule.Adjoint(t):
-                    if cotangent is None:  # the end of the first way down: one more step to s_T
-                        final = run.advance(state, t + 1, weights, shown)
-                        check_step(run, state, weights)
-                        outputs = measured_outputs(run, final, measure)
-                        cotangent = measure_vjp(run, final, measure)
-                        check_measure(run, final, measure, cotangent)
-                        values = outputs.new_zeros(len(outputs), run.n)
-                    if t in witnessed:
-                        check_step(run, state, weights, directions=1)
-                    cotangent, scores = step_vjp(run, state, cotangent, weights)
-                    _check_finite(scores, cotangent, t)
-                    values.index_add_(1, run.batches[t].to(values.device), scores.to(values.dtype))
-                    shown.update()
-    return Replay(values, outputs, planned, store.peak_states, store.peak_bytes)
+                    self.adjoint(t)
+        self.peaks = [
+            (max(a, b), max(c, d))
+            for (a, c), b, d in zip(self.peaks, store.peak_states, store.peak_bytes, strict=True)
+        ]
+        if folder:
+            following = slice(self.rows.stop, min(self.rows.stop + self.plan.group, self.plan.targets))
+            folder.note(Progress(self.values, self.outputs, following, sizes=self.sizes), now=True)
+
+    def after_step(self, state: State) -> None:
+        self.shown.update()
+        if self.folder and self.cotangent is None:
+            self.folder.note_training(state, self.passed)
+
+    def trace_on(self) -> None:
+        """Step with the trace kept. It stands for training's step; in the middle and at the end that is
+        checked, if training has not been there."""
+        t, run, passed = self.state.step, self.run, self.passed
+        traced = trace(run, self.state, self.weights)
+        fresh = t + 1 in (run.steps // 2, run.steps) and t + 1 not in passed.noted
+        if fresh and checksums(run.step(self.state, self.weights)) != checksums(traced.after):
+            raise ReplayMismatch(
+                f"step {t}: recording its graph changes the bits of its result, so that a trace cannot "
+                "stand for a step of training. Give a plan with states=, which steps and traces apart"
+            )
+        if passed.notes(t + 1):
+            passed.compare(traced.after)
+        self.traced[t], self.state = traced, traced.after
+        self.after_step(self.state)
+
+    def adjoint(self, t: int) -> None:
+        """Pull the cotangent back through step t."""
+        run = self.run
+        traced = self.traced.pop(t, None) or trace(run, self.state, self.weights, step=False)
+        if self.cotangent is None:
+            self.turn(traced)
+        elif t in (run.steps // 3, 2 * run.steps // 3) and t not in self.witnessed:
+            self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
+        self.cotangent, scores = traced_vjp(run, traced, self.cotangent, self.plan.chunk)
+        _check_finite(scores, self.cotangent, t)
+        indices = run.batches[t].to(self.values.device)
+        self.values[self.rows].index_add_(1, indices, scores.to(self.values.dtype))
+        self.measure_size(t)
+        self.shown.update()
+        if self.folder and t:
+            self.folder.note(Progress(self.values, self.outputs, self.rows, t, self.cotangent, self.sizes))
+
+    def turn(self, last: Traced) -> None:
+        """The end of the way down: measure the trained model, and take the cotangent of the outputs."""
+        run, T = self.run, self.run.steps
+        if last.after is not None:
+            final = run.checked(last.after)
+        else:
+            final = run.advance(last.state, T, self.weights, self.passed, self.after_step)
+        if T not in self.witnessed:
+            self.witnessed[T - 1] = check_step(run, last.state, self.weights)
+        if self.outputs is None:
+            self.outputs = measured_outputs(run, final, self.measure)
+            self.values = self.outputs.new_zeros(len(self.outputs), run.n)
+        self.cotangent = measure_vjp(run, final, self.measure, self.rows, self.plan.chunk)
+        if T not in self.witnessed:
+            self.witnessed[T] = check_measure(run, final, self.measure, self.cotangent, self.rows)
+
+    def measure_size(self, t: int) -> None:
+        """Now and then, the norm of each target's cotangent."""
+        every = -(-self.run.steps // health.SAMPLES)
+        if t % every == 0:
+            squares = sum(c.flatten(1).square().sum(1) for c in self.cotangent.params.values())
+            self.sizes.setdefault(t, []).extend(squares.sqrt().tolist())
 
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:

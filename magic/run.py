@@ -13,27 +13,27 @@ on CUDA with the optimizer's `foreach=False`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import determinism, inputs, optim
+from .equivalents import differentiable
 from .progress import bar
 from .state import State
 from .trial import first_step
+from .verify import Passed
 
 
 class NonFinite(ArithmeticError):
     """A number of the run became NaN or infinite; the message says at which step and where."""
-
-
-class ReplayMismatch(RuntimeError):
-    """A recomputed state is not the one that training passed through; its derivative would be wrong."""
 
 
 def batches(n: int, size: int, epochs: int, seed: int = 0) -> Tensor:
@@ -61,6 +61,22 @@ class _Call(nn.Module):
 
     def forward(self, f: Callable, *args):
         return f(self.model, *args)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a step's backward pass returns.
+
+    total      the weighted loss, a scalar
+    by_name    parameter -> gradient, or None where the step does not use the parameter
+    buffers    the buffers after the forward pass
+    same_bits  no operation was replaced by one with other bits
+    """
+
+    total: Tensor
+    by_name: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    same_bits: bool
 
 
 class Run:
@@ -105,7 +121,7 @@ class Run:
         named = dict(self._model.named_parameters())
         first = named[next(iter(self.group_of))]
         self.device, self.dtype = first.device, first.dtype
-        self._passed: dict[str, dict[int, dict[str, str]]] = {}
+        self._passed: dict[str, Passed] = {}
         params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
         buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
         self.initial = State(params, buffers, {name: {} for name in params})
@@ -128,10 +144,13 @@ class Run:
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
         earlier training of this Run with these weights was in another state at a step compared.
+        A training that is to survive a kill is `magic.train(run, disk=folder)`.
         """
         weights = self.weights(weights, allow_negative=allow_negative)
         with determinism.fix(), bar(self.steps, "train", progress) as shown:
-            return self.advance(self.initial, self.steps, weights, shown)
+            return self.advance(
+                self.initial, self.steps, weights, self.passed(weights), lambda _: shown.update()
+            )
 
     def model(self, state: State) -> nn.Module:
         """A fresh module holding this state's values, in eval mode, usable like any other."""
@@ -163,20 +182,27 @@ class Run:
             )
         return weights
 
-    def fingerprint(self) -> str:
-        """16 hex digits of what defines the run: start, constants, data, order, hyper-parameters.
+    def identity(self) -> dict[str, str]:
+        """What defines the run, by name, each as a fingerprint. Left out: the code of model and loss,
+        and the items of a Dataset."""
+        parts: dict[str, object] = {
+            "the start s_0": self.initial.fingerprint(),
+            "the model's constants or modes": (
+                determinism.fingerprint(self._model),
+                [module.training for module in self._model.modules()],
+            ),
+            "the optimizer or its hyper-parameters": (self.rule.__name__, self.hypers, self.group_of),
+            "the order of the batches": [determinism.fingerprint(b) for b in self.batches],
+            "normalize or seed": (self.normalize, self.seed),
+            "the data": [determinism.fingerprint(x) for x in self.data]
+            if isinstance(self.data, tuple)
+            else self.n,
+        }
+        return {name: determinism.digest(repr(part)) for name, part in parts.items()}
 
-        Left out are the code of model and loss, and the items of a Dataset.
-        """
-        parts = {"s0": self.initial.fingerprint(), "model": determinism.fingerprint(self._model)}
-        parts |= {"modes": [module.training for module in self._model.modules()]}
-        parts |= {"rule": self.rule.__name__, "hypers": self.hypers, "groups": self.group_of}
-        parts |= {"normalize": self.normalize, "seed": self.seed, "n": self.n}
-        parts["batches"] = [determinism.fingerprint(b) for b in self.batches]
-        if isinstance(self.data, tuple):
-            parts["data"] = [determinism.fingerprint(x) for x in self.data]
-        text = torch.tensor(list(repr(parts).encode()), dtype=torch.uint8, device="cpu")
-        return determinism.fingerprint(text)
+    def fingerprint(self) -> str:
+        """16 hex digits of `identity`."""
+        return determinism.digest(repr(self.identity()))
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.initial.params.values())
@@ -198,12 +224,11 @@ class Run:
 
     def gradient(
         self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
-        """The weighted loss of step t, a scalar; its gradient by name; and the buffers after it.
+    ) -> Gradient:
+        """The gradient of step t's weighted loss; `weight` is (B,), the data weights of the batch.
 
-        `weight` is (B,), the data weights of the batch. A gradient is None where the step does not use
-        a parameter. Training calls this to step, the adjoint to linearise: there is one definition of
-        what a step minimises. The backward pass runs while the tensors are in the model, since
+        Training calls this to step, the adjoint, with create_graph, to linearise: there is one definition
+        of what a step minimises. The backward pass runs while the tensors are in the model, since
         activation checkpointing calls the model again there.
         """
         if torch.is_autocast_enabled(self.device.type):
@@ -212,22 +237,24 @@ class Run:
         batch = self.batch(t)
 
         def weighted(model):
-            losses = self.loss(model, *batch)
+            with differentiable() if create_graph else contextlib.nullcontext() as replace:
+                losses = self.loss(model, *batch)
             inputs.check_losses(losses, len(weight), t)
             w = weight.to(losses.dtype)
             total = (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
             leaves = list(params.values())
-            return total, torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+            grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+            return total, grads, not (replace and replace.rewritten)
 
         before = [p._version for p in params.values()]
-        (total, grads), after = self.apply(weighted, params, buffers)
+        (total, grads, same_bits), after = self.apply(weighted, params, buffers)
         for (name, p), version in zip(params.items(), before, strict=True):
             if p._version != version:
                 raise ValueError(
                     f"step {t}: the model changes its parameters or buffers in place, behind autograd's "
                     f"back: {name!r}; return the new value, or do it in the optimizer"
                 )
-        return total, dict(zip(params, grads, strict=True)), after
+        return Gradient(total, dict(zip(params, grads, strict=True)), after, same_bits)
 
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
         """measure(model), (K,), with these tensors in the model and the model in eval mode.
@@ -271,7 +298,12 @@ class Run:
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
             weight = weights[self.batches[t].to(weights.device)]
-            total, grads, after = self.gradient(leaves, state.buffers, weight, t)
+            gradient = self.gradient(leaves, state.buffers, weight, t)
+        return self.moved_on(state, weight, gradient)
+
+    def moved_on(self, state: State, weight: Tensor, gradient: Gradient) -> State:
+        """s_{t+1}, from the gradient at s_t: the optimizer's update, and the buffers."""
+        t, total, grads = state.step, gradient.total, gradient.by_name
         if all(grad is None for grad in grads.values()):
             raise ValueError(
                 f"step {t}: the losses do not depend on the model that loss is given; it must call its "
@@ -285,32 +317,37 @@ class Run:
                 continue
             if grad.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
-            params[name], slots[name] = self.rule(params[name], grad, slots[name], hyper[self.group_of[name]])
-        buffers = {k: self._kept(k, b, after[k].detach()) for k, b in state.buffers.items()}
+            group = hyper[self.group_of[name]]
+            params[name], slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+        buffers = {k: self._kept(k, b, gradient.buffers[k].detach()) for k, b in state.buffers.items()}
         return State(params, buffers, slots, t + 1)
 
     def _kept(self, name: str, before: Tensor, after: Tensor) -> Tensor:
         """The buffer after a step: the same tensor as long as training has never changed it."""
         return before if before is self.initial.buffers[name] and torch.equal(before, after) else after
 
-    def advance(self, state: State, to: int, weights: Tensor, shown) -> State:
-        """Step from `state` to step `to`.
+    def passed(self, weights: Tensor) -> Passed:
+        """What training with these weights passed through, as far as it is known."""
+        return self._passed.setdefault(determinism.fingerprint(weights), Passed(self.steps))
 
-        At some sixteen steps of the run the state's fingerprint is noted when training first passes
-        and compared whenever it is computed again with the same weights.
-        """
-        key = determinism.fingerprint(weights)
-        passed = self._passed.setdefault(key, {})
-        stride = max(1, self.steps // 16)
+    def advance(
+        self, state: State, to: int, weights: Tensor, passed: Passed, after: Callable[[State], object]
+    ) -> State:
+        """Step from `state` to step `to`, calling `after` with each; at noted steps, note or compare."""
         while state.step < to:
             with determinism.refusing():
                 state = self.step(state, weights)
-            if state.step % stride == 0 or state.step == self.steps:
-                _compare(passed, state)
-            shown.update()
-        if to == self.steps and (where := self._not_finite(state)):
-            raise NonFinite(f"step {to}: {where[0]!r} is not finite; lower the learning rate or warm it up")
-        return state
+            if passed.notes(state.step):
+                passed.compare(state)
+            after(state)
+        return self.checked(state) if to == self.steps else state
+
+    def checked(self, final: State) -> State:
+        """The last state, if all its tensors are finite."""
+        if where := self._not_finite(final):
+            t = final.step
+            raise NonFinite(f"step {t}: {where[0]!r} is not finite; lower the learning rate or warm it up")
+        return final
 
     def _not_finite(self, state: State) -> list[str]:
         constant = {f"buffers/{k}" for k in state.buffers} - {f"buffers/{k}" for k in self.moved(state)}
@@ -335,16 +372,3 @@ class Run:
                 "learning rate"
             )
         return f"step {state.step}: the loss is {total.item()}: {cause}"
-
-
-def _compare(passed: dict[int, dict[str, str]], state: State) -> None:
-    """Remember what this state is, or compare it with what it was when training passed here."""
-    digests = determinism.fingerprints(state.flatten())
-    known = passed.setdefault(state.step, digests)
-    for name, digest in digests.items():
-        if known.get(name) != digest:
-            raise ReplayMismatch(
-                f"step {state.step}: {name!r} is not what it was when training passed here. Likely: "
-                "another thread count, an operation that is not deterministic, or data, model or loss "
-                "changed since. Make a new Run, and let nothing change under it"
-            )

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 from math import comb
 
@@ -217,12 +218,47 @@ class Cost:
         return self.forward - self.steps
 
 
-def walk(actions: Iterable[Action], steps: int) -> Iterator[tuple[Action, int, set[int], set[int]]]:
+def resumed(kept: Iterable[int], steps: int, policy: Callable[[int], Iterable[Action]]) -> Iterator[Action]:
+    """Reverse `steps` steps from states that are kept already, s_0 among them.
+
+    Between each two of them, last first, goes what `policy` does with so many steps.
+    """
+    for a, b in reversed(list(pairwise([*sorted(kept), steps]))):
+        for action in policy(b - a):
+            match action:
+                case Advance(t, to) | Trace(t, to):
+                    yield type(action)(t + a, to + a)
+                case Save(0):
+                    pass
+                case _:
+                    yield type(action)(action.t + a)
+
+
+def placed(actions: Iterable[Action]) -> Iterator[tuple[Save | Load | Drop, int]]:
+    """Each Save, Load and Drop with its slot: the lowest that is free when the state is saved."""
+    slot_of: dict[int, int] = {}
+    free: list[int] = []
+    for action in actions:
+        match action:
+            case Save(t):
+                slot_of[t] = heappop(free) if free else len(slot_of)
+                yield action, slot_of[t]
+            case Load(t):
+                yield action, slot_of[t]
+            case Drop(t):
+                heappush(free, slot_of[t])
+                yield action, slot_of.pop(t)
+
+
+def walk(
+    actions: Iterable[Action], steps: int, kept: Iterable[int] = ()
+) -> Iterator[tuple[Action, int, set[int], set[int]]]:
     """Each action, and after it: the steps left to reverse, the states kept, the traces held.
 
-    Raises ValueError at the first action that is not legal, and at an end with anything left over.
+    `kept` are states kept from the start. Raises ValueError at the first action that is not legal, and
+    at an end with anything left over.
     """
-    current, todo, kept, traces = 0, steps, set(), set()
+    current, todo, kept, traces = 0, steps, set(kept), set()
     for action in actions:
         was, left = current, todo
         match action:
@@ -252,23 +288,28 @@ def walk(actions: Iterable[Action], steps: int) -> Iterator[tuple[Action, int, s
 
 
 def check(
-    actions: Iterable[Action], steps: int, states: int | None = None, traces: int | None = None
+    actions: Iterable[Action],
+    steps: int,
+    states: int | None = None,
+    traces: int | None = None,
+    kept: Iterable[int] = (),
 ) -> Cost:
     """Prove that a schedule is legal, by walking through it, and count what it takes.
 
     Raises ValueError at the first action that is not legal (loading what is not kept, stepping from
     another state than the current one, an adjoint out of order or with neither state nor trace) or
     that holds more than `states` states or `traces` traces at once (one trace is always allowed).
+    `kept` are states that are kept from the start.
     """
     most_states = steps if states is None else states
     most_traces = steps if traces is None else max(traces, 1)
     done: Counter[type] = Counter()
     peak_states = peak_traces = trained = 0
-    for action, todo, kept, traced in walk(actions, steps):
+    for action, todo, held, traced in walk(actions, steps, kept):
         done[type(action)] += action.to - action.t if isinstance(action, Advance | Trace) else 1
         if todo == steps - 1 and isinstance(action, Adjoint):
             trained = todo - len(traced)
-        peak_states = max(peak_states, len(kept))
+        peak_states = max(peak_states, len(held))
         peak_traces = max(peak_traces, len(traced) + isinstance(action, Adjoint))
         if peak_states > most_states or peak_traces > most_traces:
             raise ValueError(
@@ -280,67 +321,3 @@ def check(
 
 
 cost = check  # what a schedule takes, when no limit is asked for
-
-MARKS = " ·─═●◄"  # where two meet, the later one is seen
-LEGEND = "● kept   ─ advanced   ═ traced   ◄ adjoint   · waits for its adjoint"
-
-
-def draw(actions: Iterable[Action], steps: int, width: int = 64) -> str:
-    """A picture of a schedule in text: training steps from left to right, time from top to bottom.
-
-    A row is one sweep, a way forward and the adjoints after it; the number is the steps it advanced.
-    In a picture too large, a column stands for several steps and a row for several sweeps; such a
-    row shows the states kept at its first adjoint.
-    """
-    actions = list(actions)
-    took = check(actions, steps)
-    columns = 2 * steps if 2 * steps <= width else min(steps, width)
-    turns = [isinstance(a, Adjoint) and not isinstance(b, Adjoint) for a, b in pairwise([*actions, None])]
-    sweeps = 1 if 2 * sum(turns) <= width else -(-sum(turns) // 20)
-    total = (
-        f"{steps:,} steps, states kept: {took.peak_states:,}, traces held: {took.peak_traces:,}, "
-        f"steps advanced: {took.advanced:,}, {took.extra:,} of them extra"
-    )
-    scale = f"a column is {steps / columns:.3g} steps, a row {sweeps:,} sweeps"
-    lines = [_ruler(steps, columns), *_rows(actions, turns, steps, columns, sweeps), LEGEND, total]
-    return "\n".join(lines + [scale] * (sweeps > 1))
-
-
-def _ruler(steps: int, columns: int) -> str:
-    gaps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
-    gap = next(g for g in gaps if g * columns >= (len(str(steps)) + 3) * steps)
-    line = ""
-    for t in range(0, steps, gap):
-        start = t * columns // steps
-        if start + len(str(t)) <= columns:
-            line = line.ljust(start) + str(t)
-    return line.ljust(columns) + "  advanced"
-
-
-def _rows(actions: list[Action], turns: list[bool], steps: int, columns: int, sweeps: int) -> Iterator[str]:
-    half = columns // steps // 2  # two columns to a step: the state before it, and the step itself
-    row, advanced, left = [MARKS.index("·")] * columns, 0, sum(turns)
-
-    def column(t: int) -> int:
-        return t * columns // steps
-
-    def paint(mark: str, first: int, last: int) -> None:
-        for i in range(first, last + 1):
-            row[i] = max(row[i], MARKS.index(mark))
-
-    for (action, todo, kept, _), turn in zip(walk(actions, steps), turns, strict=True):
-        match action:
-            case Advance(t, to):
-                paint("─", column(t), column(to))
-                advanced += to - t
-            case Trace(t, to):
-                paint("═", column(t), column(to - 1))
-            case Adjoint(t):
-                for s in kept if MARKS.index("◄") not in row else ():
-                    paint("●", column(s), column(s))
-                paint("◄", column(t) + half, column(t) + half)
-        left -= turn
-        if turn and left % sweeps == 0:
-            yield "".join(MARKS[mark] for mark in row) + f"{advanced:10,}"
-            row, advanced = [0] * columns, 0
-            paint("·", 0, column(todo) - 1)

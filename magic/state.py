@@ -50,6 +50,18 @@ class State:
             flat |= {f"slots/{name}/{slot}": x for slot, x in slots.items()}
         return flat
 
+    @classmethod
+    def unflatten(cls, flat: dict[str, Tensor], step: int) -> State:
+        """The state whose `flatten()` this is."""
+        params = {k.removeprefix("params/"): x for k, x in flat.items() if k.startswith("params/")}
+        buffers = {k.removeprefix("buffers/"): x for k, x in flat.items() if k.startswith("buffers/")}
+        slots: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+        for key, x in flat.items():
+            if key.startswith("slots/"):
+                name, slot = key.removeprefix("slots/").rsplit("/", 1)
+                slots[name][slot] = x
+        return cls(params, buffers, slots, step)
+
     @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""

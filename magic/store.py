@@ -1,30 +1,175 @@
-"""Where states are kept. A store knows places, not policies and not numerics."""
+"""Where states are kept: on the model's device, in host memory, on disk. It knows no policy, no numerics.
+
+A place has `save(t, state)`, `load(t)`, `drop(t)`. What a place gives back has the bits that were
+stored, or it raises: a state in memory is compared with its checksum, a file with its fingerprint.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from pathlib import Path
+
+import torch
+
+from .files import read, write
 from .state import State
+from .verify import ReplayMismatch, check_stored, checksums
 
 
 class Memory:
     """States kept where they are, on the model's device. A state never changes, so nothing is copied."""
 
+    name = "memory"
+
     def __init__(self):
-        self._states: dict[int, State] = {}
-        self._bytes = 0
-        self.peak_states = 0
-        self.peak_bytes = 0
+        self._states: dict[int, tuple[State, dict[str, int]]] = {}
 
     def save(self, t: int, state: State) -> None:
         """Keep s_t."""
-        self._states[t] = state
-        self._bytes += state.nbytes
-        self.peak_states = max(self.peak_states, len(self._states))
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        self._states[t] = self.keep(state), checksums(state)
 
     def load(self, t: int) -> State:
         """s_t; KeyError if it is not kept."""
-        return self._states[t]
+        kept, sums = self._states[t]
+        state = self.give_back(kept)
+        check_stored(state, sums, self.name)
+        return state
 
     def drop(self, t: int) -> None:
         """Forget s_t; KeyError if it is not kept."""
-        self._bytes -= self._states.pop(t).nbytes
+        del self._states[t]
+
+    def keep(self, state: State) -> State:
+        return state
+
+    def give_back(self, state: State) -> State:
+        return state
+
+
+class Host(Memory):
+    """States of a GPU's run, copied into the host's memory, pinned so that the copy is fast."""
+
+    name = "host memory"
+
+    def __init__(self, device: torch.device, constant: State):
+        super().__init__()
+        self._device = device
+        self._constant = {id(x): x for x in constant.buffers.values()}
+        self._on_host: dict[int, set[str]] = {}
+
+    def keep(self, state: State) -> State:
+        self._on_host[state.step] = {k for k, x in state.flatten().items() if x.device.type == "cpu"}
+        return state.map(lambda x: x if id(x) in self._constant else _pinned(x))
+
+    def give_back(self, state: State) -> State:
+        there = self._on_host[state.step]
+        flat = {
+            k: x if k in there or id(x) in self._constant else x.to(self._device)
+            for k, x in state.flatten().items()
+        }
+        return State.unflatten(flat, state.step)
+
+
+def _pinned(x: torch.Tensor) -> torch.Tensor:
+    there = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=torch.cuda.is_available())
+    return there.copy_(x)
+
+
+class Disk:
+    """States in safetensors files of a folder, each whole or not there at all, with its fingerprint.
+
+    `constant` is s_0: of the buffers, those that are still its own are not written again.
+    """
+
+    name = "disk"
+
+    def __init__(self, folder: Path, constant: State):
+        self.folder, self._constant = Path(folder), constant
+
+    def path(self, t: int) -> Path:
+        return self.folder / f"state-{t:09}.safetensors"
+
+    def save(self, t: int, state: State) -> None:
+        """Write s_t."""
+        initial = self._constant.buffers
+        flat = state.flatten()
+        for name, b in state.buffers.items():
+            if b is initial[name]:
+                del flat[f"buffers/{name}"]
+        write(self.path(t), flat, {"step": t})
+
+    def load(self, t: int) -> State:
+        """s_t; KeyError if it is not kept, ReplayMismatch if its file is damaged."""
+        if not self.path(t).exists():
+            raise KeyError(t)
+        flat, meta = read(self.path(t), next(iter(self._constant.params.values())).device)
+        missing = {k: b for k, b in self._constant.buffers.items() if f"buffers/{k}" not in flat}
+        state = State.unflatten(flat, meta["step"])
+        buffers = {k: missing.get(k, state.buffers.get(k)) for k in self._constant.buffers}
+        return State(state.params, buffers, state.slots, t)
+
+    def drop(self, t: int) -> None:
+        """Remove the file of s_t."""
+        self.path(t).unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """The steps whose files are there."""
+        return sorted(int(p.stem.removeprefix("state-")) for p in self.folder.glob("state-*.safetensors"))
+
+    def kept(self) -> list[int]:
+        """The steps whose files are there and undamaged; what a kill left behind is removed."""
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        whole = []
+        for t in self.steps():
+            try:
+                read(self.path(t), torch.device("cpu"))
+                whole.append(t)
+            except ReplayMismatch:
+                self.drop(t)
+        return whole
+
+
+class Store:
+    """The slots of a schedule, each in one of several places; counts what each place holds at most.
+
+    tier_of   of each slot, its place: an index into `places`; slots are taken lowest first
+    kept      states that the last place, a Disk, holds from the start; they take no slot
+    """
+
+    def __init__(self, places: Sequence, tier_of: Sequence[int], kept: Iterable[int] = ()):
+        self._places, self._tier_of = places, tier_of
+        self._free = list(range(len(tier_of)))
+        self._slot_of: dict[int, int] = {}
+        self._where = dict.fromkeys(kept, len(places) - 1)
+        self._bytes: dict[int, int] = {}
+        self._now = [[0, 0] for _ in places]
+        self.peak_states = [0] * len(places)
+        self.peak_bytes = [0] * len(places)
+
+    def save(self, t: int, state: State) -> None:
+        """Keep s_t."""
+        slot = heappop(self._free)
+        place = self._tier_of[slot]
+        self._places[place].save(t, state)
+        self._slot_of[t], self._where[t], self._bytes[t] = slot, place, state.nbytes
+        self._count(place, 1, state.nbytes)
+
+    def _count(self, place: int, states: int, nbytes: int) -> None:
+        now = self._now[place]
+        now[0], now[1] = now[0] + states, now[1] + nbytes
+        self.peak_states[place] = max(self.peak_states[place], now[0])
+        self.peak_bytes[place] = max(self.peak_bytes[place], now[1])
+
+    def load(self, t: int) -> State:
+        """s_t; KeyError if it is not kept."""
+        return self._places[self._where[t]].load(t)
+
+    def drop(self, t: int) -> None:
+        """Forget s_t; KeyError if it is not kept."""
+        place = self._where.pop(t)
+        self._places[place].drop(t)
+        if t in self._slot_of:
+            heappush(self._free, self._slot_of.pop(t))
+            self._count(place, -1, -self._bytes.pop(t))

@@ -47,7 +47,7 @@ def first_step(run, model: nn.Module) -> None:
         with torch.enable_grad(), _Watch() as watch:
             leaves = {name: p.detach().requires_grad_() for name, p in start.params.items()}
             weight = weights[run.batches[0].to(weights.device)]
-            total, _, _ = run.gradient(leaves, start.buffers, weight, 0)
+            total = run.gradient(leaves, start.buffers, weight, 0).total
         if watch.low:
             name, dtype = next(iter(watch.low.items()))
             raise TypeError(

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from . import determinism
 from .adjoint import NotDifferentiable, own_functions, pull, refusing
-from .equivalents import differentiable
 from .run import Run
 from .state import State
 
 STEPS = (1e-8, 1e-6, 1e-4)  # small first: a ReLU that flips between the two ends spoils a difference
 TOLERANCE = 1e-3
+EXAMPLES = 32  # of a batch
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
@@ -40,12 +40,13 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
     with determinism.fix():
         try:
-            gradient, point = _in_double(run, state, weights)
-            with torch.enable_grad():
-                gradient(point)
-        except (RuntimeError, TypeError, ValueError) as error:
-            _warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
-            return None
+            gradient, point = _in_double(run, state, weights, EXAMPLES)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it may insist on a whole batch
+            try:
+                gradient, point = _in_double(run, state, weights, len(run.batches[state.step]))
+            except (RuntimeError, TypeError, ValueError) as error:
+                _warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
+                return None
         found = None
         for _ in range(directions):
             direction = {name: _random(x, dice) * x for name, x in point.items()}
@@ -70,35 +71,43 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
         return found
 
 
-def _in_double(run: Run, state: State, weights: Tensor):
-    """The step's gradient and buffers as a function of one dict of float64 tensors, and the point."""
+def _in_double(run: Run, state: State, weights: Tensor, examples: int):
+    """The step's gradient and buffers as a function of one dict of float64 tensors, and the point.
+
+    Of the batch, the first few examples; their number does not matter to what is checked.
+    """
     t = state.step
     shadow = copy.copy(run)
     shadow._adopt(copy.deepcopy(run._model).double())
-    shadow.data = tuple(_double(x) for x in run.batch(t))
-    shadow.batches = [torch.arange(len(run.batches[t]))]
+    shadow.data = tuple(_double(x[:examples]) for x in run.batch(t))
+    shadow.batches = [torch.arange(len(shadow.data[0]))]
     buffers = {name: _double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": _double(p) for name, p in state.params.items()}
     point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
-    point["weights"] = _double(weights[run.batches[t].to(weights.device)])
+    point["weights"] = _double(weights[run.batches[t].to(weights.device)][:examples])
 
     def gradient(values: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         params = {name: values[f"params/{name}"] for name in state.params}
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        _, grads, after = shadow.gradient(params, held, values["weights"], 0, create_graph)
-        after = {f"buffers/{name}": b for name, b in after.items() if b.is_floating_point()}
-        return {name: g for name, g in grads.items() if g is not None} | after
+        found = shadow.gradient(params, held, values["weights"], 0, create_graph)
+        after = {f"buffers/{name}": b for name, b in found.buffers.items() if b.is_floating_point()}
+        return {name: g for name, g in found.by_name.items() if g is not None} | after
 
+    with torch.enable_grad():
+        gradient(point)
     return gradient, point
 
 
-def check_measure(run: Run, state: State, measure, cotangent: State) -> float | None:
+def check_measure(
+    run: Run, state: State, measure, cotangent: State, targets: slice | None = None
+) -> float | None:
     """Raise NotDifferentiable if `cotangent`, ∂φ/∂s_T, is not how measure moves with the final state.
 
-    In the run's own precision, since measure may hold data in it. Returns the relative difference
-    found, or None, with a warning, where no finite difference is steady.
+    `targets` are the outputs that the cotangent is of. In the run's own precision, since measure may
+    hold data in it. Returns the relative difference found, or None, with a warning, where no finite
+    difference is steady.
     """
     dice = torch.Generator().manual_seed(0)
     point = state.params | {name: state.buffers[name] for name in cotangent.buffers}
@@ -113,7 +122,7 @@ def check_measure(run: Run, state: State, measure, cotangent: State) -> float | 
         params = {name: moved[name] for name in state.params}
         with torch.no_grad():
             outputs = run.measured(measure, params, {k: moved.get(k, b) for k, b in state.buffers.items()})
-        return (rows.double() * outputs.double()).sum().item()
+        return (rows.double() * outputs[targets or slice(None)].double()).sum().item()
 
     steps, tolerance = ((1e-6, 1e-4), 1e-3) if run.dtype == torch.float64 else ((3e-3, 3e-2), 2e-2)
     true = _steady(along, steps, tolerance)
@@ -140,7 +149,7 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float
 
     With the names of the user's autograd Functions that it went through.
     """
-    with torch.enable_grad(), differentiable():
+    with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_() for name, x in point.items()}
         outputs = gradient(leaves, create_graph=True)
         outputs = {name: y for name, y in outputs.items() if y.isfinite().all()}  # a mask may hold −∞
@@ -148,7 +157,7 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, float
         # Each output tensor counts the same, whatever its size.
         rows = {name: _random(y, dice) / (y.detach().norm() + 1e-300) for name, y in outputs.items()}
         cotangents = [c.unsqueeze(0) for c in rows.values()]
-        pulled = pull(list(outputs.values()), list(leaves.values()), cotangents)
+        ((_, pulled),) = pull(list(outputs.values()), list(leaves.values()), lambda _: cotangents, 1)
         seen = sum((g[0] * d).sum() for g, d in zip(pulled, direction.values(), strict=True)).item()
 
     def along(epsilon: float) -> float:

@@ -290,7 +290,7 @@ class Meter(TorchDispatchMode):
 
 # %% [markdown]
 # We unroll runs of 10 to 80 steps under the meter, and let `magic` differentiate the same runs, under the same
-# meter, with at most six states of the run kept at a time (`states=6`; chapter 05 is about how that can be enough).
+# meter, with at most six states of the run kept at a time (`magic.plan(run, states=6)`; chapter 05 is about how that can be enough).
 
 
 # %%
@@ -300,7 +300,8 @@ def by_unrolling(order):
 
 
 def by_replay(order):
-    return magic.attribute(run_over(order), measure_model, progress=False, states=6).values[0]
+    run = run_over(order)
+    return magic.attribute(run, measure_model, progress=False, plan=magic.plan(run, states=6)).values[0]
 
 
 def under_the_meter(differentiate, order):

@@ -377,7 +377,7 @@ def gradients(run, state):
     """The gradient that this state's step uses, by name."""
     params = {name: p.detach().requires_grad_() for name, p in state.params.items()}
     weight = run.weights()[run.batches[state.step].to(device)]
-    return run.gradient(params, state.buffers, weight, state.step)[1]
+    return run.gradient(params, state.buffers, weight, state.step).by_name
 
 
 run, state, after = runs["Adam"], *states["Adam"][40:42]

@@ -1,5 +1,6 @@
 """Attribution: what the object a user holds can do, and that its predictions come true."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -166,17 +167,20 @@ def test_no_warning_without_cause(scored):
 
 def test_the_cost_is_said_before(scored, capsys):
     run, scores = scored
-    magic.attribute(run, scores.measure, states=4)
+    magic.attribute(run, scores.measure, plan=magic.plan(run, states=4))
     assert "replay of 16 steps: 4 states kept" in capsys.readouterr().out
-    magic.attribute(run, scores.measure, states=4, progress=False)
+    magic.attribute(run, scores.measure, plan=magic.plan(run, states=4), progress=False)
     assert capsys.readouterr().out == ""
 
 
-def test_more_targets_than_go_back_at_once(scored, monkeypatch):
+@pytest.mark.parametrize(("group", "chunk"), [(3, 1), (3, 2), (2, 2), (2, 1), (1, 1)])
+def test_more_targets_than_go_back_at_once(scored, group, chunk):
     run, scores = scored
-    monkeypatch.setattr(magic.adjoint, "CHUNK", 2)
-    again = magic.attribute(run, scores.measure, progress=False)
+    plan = dataclasses.replace(magic.plan(run, targets=3), group=group, chunk=chunk)
+    again = magic.attribute(run, scores.measure, plan=plan, progress=False)
+    assert again.plan.sweeps == -(-3 // group)
     torch.testing.assert_close(again.values, scores.values, rtol=1e-12, atol=1e-15)
+    assert torch.equal(again.outputs, scores.outputs)
 
 
 def test_one_tensor_of_data():

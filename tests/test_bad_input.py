@@ -468,14 +468,14 @@ def test_normalize():
 
 def test_memory(run):
     measure = cases.measure_on(*run.data)
-    with pytest.raises(ValueError, match="holds not one state; the least that works is"):
+    with pytest.raises(ValueError, match=r"too little for this run; the least that works is [0-9,]+ bytes"):
         magic.attribute(run, measure, memory="100B", progress=False)
     with pytest.raises(ValueError, match="write a number of bytes"):
         magic.attribute(run, measure, memory="lots", progress=False)
     with pytest.raises(TypeError, match=r"states=2\.5"):
-        magic.attribute(run, measure, states=2.5, progress=False)
+        magic.plan(run, states=2.5)
     with pytest.raises(ValueError, match="states=0"):
-        magic.attribute(run, measure, states=0, progress=False)
+        magic.plan(run, states=0)
 
 
 def test_removal_effect(run):

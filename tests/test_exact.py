@@ -62,7 +62,7 @@ def test_against_finite_differences(name, device):
 def test_against_a_full_unroll(name, normalize):
     run, model, optimizer, scheduler = cases.build(name, normalize=normalize)
     measure, at = cases.measure_on(*run.data), at_random(run.n)
-    scores = magic.attribute(run, measure, at=at, states=3, progress=False)
+    scores = magic.attribute(run, measure, at=at, plan=magic.plan(run, states=3), progress=False)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
         truth = unroll(
             model, optimizer, scheduler, run.data, cases.loss, cases.order(), measure, at, run.seed, normalize
@@ -77,10 +77,10 @@ def test_against_a_full_unroll(name, normalize):
 def test_the_schedule_does_not_change_the_answer(name):
     run, *_ = cases.build(name)
     measure = cases.measure_on(*run.data)
-    everything = magic.attribute(run, measure, progress=False, states=run.steps)
+    everything = magic.attribute(run, measure, progress=False, plan=magic.plan(run, states=run.steps))
     assert everything.values.abs().max(dim=1).values.min() > 1e-4, "degenerate: no influence"
     for states in (1, 2, 5):
-        scores = magic.attribute(run, measure, progress=False, states=states)
+        scores = magic.attribute(run, measure, progress=False, plan=magic.plan(run, states=states))
         assert scores.plan.extra > 0
         assert torch.equal(scores.values, everything.values)
 
@@ -151,7 +151,7 @@ def test_the_witness_catches_pytorchs_own_mistakes(monkeypatch):
         lambda v, g: torch._weight_norm(v, g, 0).sin(), (v, g), raise_exception=False
     ):
         pytest.skip("this PyTorch differentiates it right")
-    monkeypatch.delitem(magic.equivalents.EQUIVALENT, torch._weight_norm)
+    monkeypatch.delitem(magic.equivalents.REWRITTEN, torch._weight_norm)
     run, *_ = cases.build("weightnorm")
     with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
         magic.attribute(run, cases.measure_on(*run.data), progress=False)

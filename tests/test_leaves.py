@@ -114,7 +114,7 @@ def test_models_train_and_differentiate(name, device):
     assert model(x[:4]).shape == (4, 10)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(12, 4, 2))
-    scores = magic.attribute(run, cases.measure_on(x, y), progress=False, states=3)
+    scores = magic.attribute(run, cases.measure_on(x, y), progress=False, plan=magic.plan(run, states=3))
     weights, change = run.weights(), 1e-5
     weights[5] += change
     above = scores.measure(run.model(run.train(weights, progress=False)))

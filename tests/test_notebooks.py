@@ -269,6 +269,7 @@ def sanitized(text: str) -> str:
         ("<object at 0x7f3a5c0d1e50>", "<object at 0x55d0c81a2f10>"),
         ("fingerprint 19a0d2e7b3c4f586", "fingerprint f00dfeed12345678"),
         ("on cpu", "on cuda:0"),
+        ("steps, 68.6 MB of 1,000.0; 0 again", "steps, 71.2 MB of 1,000.0; 0 again"),
     ],
 )
 def test_sanitize_forgets_what_may_differ(one, other):

@@ -19,7 +19,7 @@ TOP = {
     "LICENSE", ".gitignore", ".ci",
 }  # fmt: skip
 # what `import magic` must do without, though it is installed
-LATER = ["torchvision", "pandas", "seaborn", "matplotlib", "sklearn"]
+LATER = ["torchvision", "pandas", "seaborn", "matplotlib", "sklearn", "safetensors"]
 
 
 def pyproject() -> dict:

@@ -21,11 +21,11 @@ from magic.schedule import (
     binomial,
     check,
     cost,
-    draw,
     kary,
     reverse,
     store_all,
 )  # fmt: skip
+from magic.timeline import draw
 
 
 @cache

@@ -14,12 +14,14 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "progress", "inputs", "state", "optim", "trial", "run", "equivalents", "adjoint",
-    "witness", "schedule", "store", "replay", "attribution", "counterfactual", "smoothness", "baselines",
+    "determinism", "progress", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
+    "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
+    "tryout", "planning", "health", "directory", "replay", "attribution", "counterfactual", "smoothness",
+    "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
-ONLY = {"schedule": [], "store": ["state"]}
+ONLY = {"schedule": [], "timeline": ["schedule"], "store": ["files", "state", "verify"]}
 NUMERICS = ["torch", "numpy"]
 MODULE_LINES, FUNCTION_LINES = 400, 60
 

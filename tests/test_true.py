@@ -65,18 +65,16 @@ def test_two_thousand_steps_in_sixteen_states(digits):
     order = magic.batches(len(x), size=60, epochs=100)
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), (x, y), cases.loss, order)
     assert run.steps == 2000
-    plan = magic.plan(run, states=16)
+    plan = magic.plan(run, targets=2, states=16)
     assert "16 states kept" in str(plan) and "steps done again" in str(plan)
     measure, weights = of_test_images(x_test, y_test, 2), run.weights()
     replay = magic.replay.metagradient(run, measure, weights, plan, progress=False)
-    assert replay.peak_states == 16
-    assert 15 * plan.state_bytes < replay.peak_bytes <= 16 * plan.state_bytes
-    by_bytes = magic.plan(run, memory=16 * plan.state_bytes)
-    assert by_bytes == plan
+    assert replay.peak_states == (16, 0, 0)
+    assert 15 * plan.trial.state_bytes < replay.peak_bytes[0] <= 16 * plan.trial.state_bytes
     everything = magic.replay.metagradient(
-        run, measure, weights, magic.plan(run, states=2000), progress=False
+        run, measure, weights, magic.plan(run, targets=2, states=2000), progress=False
     )
-    assert everything.peak_states == 2000 and replay.values.abs().max() > 0
+    assert everything.peak_states == (2000, 0, 0) and replay.values.abs().max() > 0
     assert torch.equal(replay.values, everything.values)
 
 
@@ -99,7 +97,7 @@ def test_no_more_states_are_alive_than_planned():
     most = {}
     for states in (2, 4, 16):
         alive.clear()
-        magic.attribute(run, cases.measure_on(x, y), states=states, progress=False)
+        magic.attribute(run, cases.measure_on(x, y), plan=magic.plan(run, states=states), progress=False)
         most[states] = max(alive)
     # besides those kept: s_0 held by the run, the current one, and the cotangent's two
     assert most[2] <= 2 + 4 and most[4] <= 4 + 4 and most[16] > 10

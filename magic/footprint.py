@@ -1,0 +1,59 @@
+"""How many bytes of tensors a piece of work holds beyond those that were there before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
+    """Do `work`. Returns its result, the bytes held with it, and the bytes held at the peak.
+
+    On CUDA PyTorch's allocator counts; on a CPU every operation is watched, which takes about twice
+    the time and may count a little too much.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = work()
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return result, now - before, peak - before
+    with _Watch() as watch:
+        result = work()
+    return result, watch.now, watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Counts each storage that an operation makes, from then until it is freed."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_iter((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage(), new=False)
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage(), new=True)
+        return out
+
+    def _note(self, storage, new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if new else 0
+        if key not in self._alive:
+            self._alive[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._alive.pop(key)

@@ -1,0 +1,106 @@
+"""How far can the scores be trusted? What a replay saw on its way back.
+
+The derivative is exact wherever the replay did not stop. Whether it predicts is another question, and
+the size of the cotangent along the run gives a first answer: where ∂φ/∂params grows or shrinks by many
+powers of ten between the end of training and its start, examples of some steps count as nothing beside
+those of others, a small change at one step is amplified at every later one, and float32 carries little.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DECADES = 6.0  # powers of ten; float32 carries seven
+SAMPLES = 64  # steps of a run at which the cotangent is measured
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a replay saw.
+
+    sizes      (t, K norms of ∂φ/∂params_t), last step first
+    verified   how many recomputed states were compared with training's
+    witnessed  step -> relative difference between the derivative of the step and a finite difference of
+               it; None where none was steady. The measure's is under the key T
+    """
+
+    steps: int
+    sizes: tuple[tuple[int, tuple[float, ...]], ...]
+    verified: int
+    witnessed: dict[int, float | None]
+
+    @property
+    def decades(self) -> tuple[float, ...]:
+        """(K,): powers of ten between the largest and the smallest cotangent along the run."""
+        columns = zip(*(row for _, row in self.sizes), strict=True)
+        return tuple(math.log10(max(c) / min(c)) if min(c) > 0 else math.inf for c in columns)
+
+    @property
+    def problems(self) -> list[str]:
+        """What speaks against these scores, in sentences; empty if nothing does."""
+        found = []
+        wide = [k for k, d in enumerate(self.decades) if d > DECADES]
+        if wide:
+            worst = max(self.decades)
+            sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
+            found.append(
+                f"the derivative of {len(wide)} of {len(self.decades)} targets, the first {wide[0]}, {sweep} "
+                "along the run: the examples of some steps count as nothing beside others', and the "
+                "prediction is likely to fail. A lower or warmed-up rate, larger batches, a smoother network help"
+            )
+        unsteady = [t for t, difference in self.witnessed.items() if difference is None]
+        if unsteady:
+            found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
+        return found
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def warn(self) -> None:
+        """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
+        if any(d > DECADES for d in self.decades):
+            warnings.warn(self.problems[0], stacklevel=4)
+
+    def plot(self, targets: int | Sequence[int] | None = None, ax=None):
+        """Size of the cotangent along the run, a line for each target; returns the axes."""
+        from .plot import cotangent_sizes
+
+        return cotangent_sizes(self, targets, ax)
+
+    def _where(self, t: int) -> str:
+        return "the measure" if t == self.steps else f"step {t}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """A table: what was looked at, and what was seen."""
+        known = [(t, d) for t, d in self.witnessed.items() if d is not None]
+        worst = max(known, key=lambda pair: pair[1], default=None)
+        swept = self.decades
+        return [
+            (
+                "cotangent sweeps",
+                f"{min(swept):.1f} … {max(swept):.1f} powers of ten along the run"
+                if swept
+                else "not measured",
+            ),
+            ("states compared", f"{self.verified:,} recomputed states had training's bits"),
+            (
+                "derivatives compared",
+                f"{len(known)} with finite differences"
+                + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
+            ),
+            ("problems", "; ".join(self.problems) or "none seen"),
+        ]
+
+    def __repr__(self) -> str:
+        return "Health\n" + "\n".join(f"  {name:<22} {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>"
+            for k, v in self.rows()
+        )
+        return f"<table><caption>Health</caption>{body}</table>"

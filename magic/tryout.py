@@ -1,0 +1,105 @@
+"""One step of a run, tried and measured: what a replay's plan is made from."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import determinism, footprint
+from .adjoint import trace, traced_vjp
+from .inputs import graph_nodes
+from .run import Run
+from .state import State
+from .store import Disk
+from .verify import checksums
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step, tried: bytes and seconds of a state, a trace, and a target pulled back.
+
+    same_bits  a traced step gives training's bits, so that a trace may stand for a step
+    batched    targets can be pulled back together
+    convolves  there is a convolution in the model
+    """
+
+    state_bytes: int
+    trace_bytes: int
+    target_bytes: int
+    pull_bytes: int
+    step_seconds: float
+    trace_seconds: float
+    pull_seconds: float
+    disk_seconds: float
+    same_bits: bool
+    batched: bool
+    convolves: bool
+
+
+def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
+    """Measure the second step of the run (the first fills the optimizer's slots), or its only one."""
+    weights = run.weights()
+    with determinism.fix():
+        after_first = run.step(run.initial, weights)
+        state = after_first if run.steps > 1 else run.initial
+        expected, step_seconds = _timed(lambda: run.step(state, weights))
+        (traced, trace_bytes, _), _ = _timed(
+            lambda: footprint.measured(lambda: trace(run, state, weights), run.device)
+        )
+        at_once = min(targets, 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cotangent = _ones(traced.after, at_once)
+            _, _, pull_bytes = footprint.measured(lambda: traced_vjp(run, traced, cotangent), run.device)
+        batched = not any("one by one" in str(w.message) for w in caught)
+        again, trace_seconds = _timed(lambda: trace(run, state, weights))
+        cotangent = _ones(again.after, at_once)
+        _, pull_seconds = _timed(lambda: traced_vjp(run, again, cotangent))
+        disk_seconds = 0.0
+        if disk is not None:
+            place = Disk(disk / "trial", run.initial)
+            _, disk_seconds = _timed(lambda: (place.save(1, after_first), place.load(1)))
+            shutil.rmtree(place.folder)
+    constant = {id(x) for x in run.initial.buffers.values()}
+    nbytes = sum(
+        x.numel() * x.element_size() for x in after_first.flatten().values() if id(x) not in constant
+    )
+    gradient = sum(x.numel() * x.element_size() for x in run.initial.params.values())
+    return Trial(
+        state_bytes=nbytes,
+        trace_bytes=trace_bytes,
+        target_bytes=cotangent.nbytes // at_once + gradient,
+        pull_bytes=pull_bytes // at_once,
+        step_seconds=step_seconds,
+        trace_seconds=trace_seconds,
+        pull_seconds=pull_seconds / at_once,
+        disk_seconds=disk_seconds,
+        same_bits=checksums(again.after) == checksums(expected),
+        batched=batched,
+        convolves=any("Convolution" in node.name() for node in graph_nodes(list(again.grads.values()))),
+    )
+
+
+def _timed(work: Callable):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def _ones(state: State, count: int) -> State:
+    """A cotangent of `count` targets, to try with."""
+
+    def like(tensors: dict) -> dict:
+        return {k: x.new_ones(count, *x.shape) for k, x in tensors.items() if x.is_floating_point()}
+
+    return State(like(state.params), {}, {k: like(slots) for k, slots in state.slots.items()}, state.step)
