@@ -35,6 +35,7 @@ class NotDifferentiable(RuntimeError):
 
 
 CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
+BLOCK = 4  # targets that go through the optimizer's update at once, at least: its calls are short
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,39 +57,42 @@ def pull(
 
     Where an operation cannot be batched, warns with its name and goes on one by one.
     """
-    used = [i for i, y in enumerate(outputs) if y.requires_grad]
-    outputs = [outputs[i] for i in used]
+    used = {i for i, y in enumerate(outputs) if y.requires_grad}
+    outputs = [y for i, y in enumerate(outputs) if i in used]
 
     def vjp(*rows):
         return torch.autograd.grad(
             outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
         )
 
-    def one_by_one(rows: slice, given: list[Tensor]):
-        for k in range(rows.stop - rows.start):
-            products = vjp(*(c[k] for c in given))
-            yield slice(rows.start + k, rows.start + k + 1), tuple(x.unsqueeze(0) for x in products)
+    def together(rows: slice, given: list[Tensor]):
+        if rows.stop - rows.start > 1:
+            try:
+                with _no_slow_batching():
+                    yield rows, torch.vmap(vjp)(*given)
+                return
+            except RuntimeError as error:
+                if "vmap" not in str(error) and "atch" not in str(error):
+                    raise
+                warnings.warn(
+                    f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=4
+                )
+        for i in range(rows.stop - rows.start):
+            k = rows.start + i
+            yield slice(k, k + 1), tuple(x.unsqueeze(0) for x in vjp(*(c[i] for c in given)))
 
-    parts = -(-count // chunk)
-    edges = [count * i // parts for i in range(parts + 1)]
-    for rows in map(slice, edges[:-1], edges[1:]):
-        everything = cotangents(rows)
-        given = [everything[i] for i in used]
-        if rows.stop - rows.start == 1:
-            yield from one_by_one(rows, given)
-            continue
-        try:
-            with _no_slow_batching():
-                products = torch.vmap(vjp)(*given)
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "atch" not in str(error):
-                raise
-            warnings.warn(
-                f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=3
-            )
-            yield from one_by_one(rows, given)
-            continue
-        yield rows, products
+    for block in _parts(0, count, max(chunk, BLOCK)):
+        given = [c for i, c in enumerate(cotangents(block)) if i in used]
+        for rows in _parts(block.start, block.stop, chunk):
+            here = slice(rows.start - block.start, rows.stop - block.start)
+            yield from together(rows, [c[here] for c in given])
+
+
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start … stop in pieces of about one length, at most `size`."""
+    count = -(-(stop - start) // size)
+    for i in range(count):
+        yield slice(start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
 
 
 @contextlib.contextmanager

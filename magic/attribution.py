@@ -22,7 +22,7 @@ from .health import Health
 from .inputs import check_indices
 from .planning import Plan
 from .planning import plan as settle
-from .replay import measured_outputs, metagradient
+from .replay import metagradient, try_measure
 from .run import Run
 
 
@@ -181,8 +181,10 @@ def attribute(
     wrong, and warns when a check could not be made or the scores are not to be trusted (`.health`).
     """
     weights = run.weights(at)
-    targets = len(measured_outputs(run, run.initial, measure, finite=False))
-    planned = plan.of(targets, run.steps) if plan else settle(run, targets, memory, disk=disk)
+    targets, measuring = try_measure(run, measure)
+    planned = (
+        plan.of(targets, run.steps) if plan else settle(run, targets, memory, disk=disk, measuring=measuring)
+    )
     if progress:
         print(planned)
     replay = metagradient(run, measure, weights, planned, progress, disk)

@@ -76,6 +76,26 @@ def cifar10(train: int = 50_000, test: int = 10_000, seed: int = 0, root: str = 
     return _scaled(*parts)
 
 
+def python_text(train: int = 2000, test: int = 200, length: int = 32, seed: int = 0):
+    """English from the Python documentation that every Python carries, as sequences of characters.
+
+    Returns (train, test, characters): int64 tokens (n, length + 1) and (m, length + 1), indices into the
+    string `characters`. Sequences do not overlap; which are taken depends on `seed`.
+    Source: `pydoc_data.topics`; its text differs a little between versions of Python.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values())
+    characters = "".join(sorted(set(text)))
+    index = {c: i for i, c in enumerate(characters)}
+    tokens = torch.tensor([index[c] for c in text])
+    rows = tokens[: len(tokens) // (length + 1) * (length + 1)].view(-1, length + 1)
+    if not 0 < train + test <= len(rows):
+        raise ValueError(f"train={train} and test={test}: there are {len(rows):,} sequences of this length")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:train]], rows[order[train : train + test]], characters
+
+
 def _scaled(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> Split:
     mean, deviation = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     return (x_train - mean) / deviation, y_train, (x_test - mean) / deviation, y_test

@@ -78,6 +78,84 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return _Gelu.apply(x) if approximate == "none" else F.gelu(x, approximate=approximate)
 
 
+# -- convolution -------------------------------------------------------------------------------------
+
+
+class _Conv(Function):
+    """y = W ∗ x + b, bilinear in W and x. `how` is (stride, padding, dilation, groups)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, how):
+        ctx.how = stride, padding, dilation, groups = how
+        ctx.save_for_backward(x, weight)
+        return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_ConvBackward.apply(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None
+        return *_conv_backward(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None
+
+
+class _ConvBackward(Function):
+    """∂x = Wᵀ g, ∂W = g ⋆ x, ∂b = Σ g are bilinear again, so their cotangents c, c_W, c_b go
+
+    to g: W ∗ c + c_W ∗ x + c_b        to x: c_Wᵀ g        to W: g ⋆ c
+
+    each by the kernel that fits it. PyTorch's own formula takes a forward convolution for the last, and
+    computes the second for the data, too, which nobody asks for.
+    """
+
+    @staticmethod
+    def forward(ctx, g, x, weight, how, asked):
+        ctx.how = how
+        ctx.save_for_backward(g, x, weight)
+        ctx.set_materialize_grads(False)
+        return _conv_backward(g, x, weight, how, asked)
+
+    @staticmethod
+    def backward(ctx, c, c_weight, c_bias):
+        g, x, weight = ctx.saved_tensors
+        to_g = to_x = to_weight = None
+        if c is not None:
+            to_g = _conv(c, weight, ctx.how)
+            to_weight = _conv_backward(g, c, weight, ctx.how, (False, True, False))[1]
+        if c_weight is not None:
+            more = _conv(x, c_weight, ctx.how)
+            to_g = more if to_g is None else to_g + more
+            if ctx.needs_input_grad[1]:
+                to_x = _conv_backward(g, x, c_weight, ctx.how, (True, False, False))[0]
+        if c_bias is not None:
+            more = c_bias.view(-1, *[1] * (g.dim() - 2))
+            to_g = more.expand_as(g) if to_g is None else to_g + more
+        return to_g, to_x, to_weight, None, None
+
+
+def _conv(x: Tensor, weight: Tensor, how) -> Tensor:
+    stride, padding, dilation, groups = how
+    return aten.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _conv_backward(g: Tensor, x: Tensor, weight: Tensor, how, asked) -> tuple[Tensor | None, ...]:
+    stride, padding, dilation, groups = how
+    bias, zeros = [weight.shape[0]], [0] * len(stride)
+    return aten.convolution_backward(
+        g, x, weight, bias, stride, padding, dilation, False, zeros, groups, list(asked)
+    )
+
+
+def _convolution(dimensions: int, plain: Callable) -> Callable:
+    def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if isinstance(padding, str) or x.dim() != dimensions + 2:
+            return plain(x, weight, bias, stride, padding, dilation, groups)
+        sizes = ([n] * dimensions if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
+        return _Conv.apply(x, weight, bias, (*sizes, groups))
+
+    conv.__name__ = plain.__name__
+    return conv
+
+
 # -- average pooling ---------------------------------------------------------------------------------
 
 
@@ -165,6 +243,7 @@ def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn
 
 SAME_BITS: dict[Callable, Callable] = {
     F.gelu: gelu,
+    **{f: _convolution(i, f) for i, f in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1)},
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.batch_norm: batch_norm,

@@ -49,7 +49,8 @@ class Health:
             found.append(
                 f"the derivative of {len(wide)} of {len(self.decades)} targets, the first {wide[0]}, {sweep} "
                 "along the run: the examples of some steps count as nothing beside others', and the "
-                "prediction is likely to fail. A lower or warmed-up rate, larger batches, a smoother network help"
+                "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother "
+                "network help"
             )
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:

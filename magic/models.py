@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -104,3 +106,41 @@ class ResNet9(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.head(self.features(x).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Attention to the tokens before, then a two-layer network, each added to what it reads, normalised."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_network = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend, self.gather = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.attend(self.before_attention(x)).view(batch, length, 3, self.heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.gather(seen.transpose(1, 2).reshape(batch, length, width))
+        return x + self.network(self.before_network(x))
+
+
+class Transformer(nn.Module):
+    """A small language model: tokens (B, L) -> logits of the next token (B, L, vocabulary).
+
+    Vaswani et al. 2017, with the normalisation first (Xiong et al. 2020) and learned positions.
+    """
+
+    def __init__(self, vocabulary: int, width: int = 64, layers: int = 2, heads: int = 4, length: int = 64):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))

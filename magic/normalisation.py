@@ -71,7 +71,7 @@ class Normalisation:
 
     def standard(self, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor):
         """x̂ = (x − mean) s, s = rstd and w (1 without weight), in the view."""
-        s = rstd.view(self.small)
+        s = rstd.view(self.small).clone()  # a view would hold on to the graph that holds on to it
         w = s.new_ones(()) if weight is None else weight.view(self.affine)
         return (x.reshape(self.shape) - mean.view(self.small)) * s, s, w
 

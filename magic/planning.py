@@ -68,6 +68,7 @@ class Plan:
     trial: Trial
     room: int | None
     values_bytes: int
+    measuring: int = 0
     given: tuple[schedule.Action, ...] | None = None
 
     @property
@@ -136,14 +137,8 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return _needs(
-            self.trial,
-            self.group,
-            min(self.chunk, self.group),
-            self.tier_of.count(0),
-            self.traces,
-            self.values_bytes,
-        )
+        here, chunk = self.tier_of.count(0), min(self.chunk, self.group)
+        return _needs(self.trial, self.group, chunk, here, self.traces, self.values_bytes, self.measuring)
 
     def timeline(self, width: int = 64) -> str:
         """A picture in text of one sweep: training steps from left to right, time from top to bottom."""
@@ -191,10 +186,11 @@ class Plan:
         return f"<table><caption>Replay of {self.steps:,} steps</caption>{body}</table>"
 
 
-def _needs(one: Trial, group: int, chunk: int, states: int, traces: int, values: int) -> int:
+def _needs(one: Trial, group: int, chunk: int, states: int, traces: int, values: int, measuring: int) -> int:
     """Bytes held at the peak: s_0 is the run's own; the state before and after a step come on top."""
     kept = (states - 1 + 2) * one.state_bytes + max(traces, 1) * one.trace_bytes
-    return kept + group * one.target_bytes + chunk * one.pull_bytes + values
+    flight = max(chunk * one.pull_bytes, chunk * measuring, one.check_bytes)
+    return kept + group * one.target_bytes + flight + values
 
 
 def plan(
@@ -205,6 +201,7 @@ def plan(
     disk: str | os.PathLike | None = None,
     states: int | None = None,
     actions: Iterable[schedule.Action] | None = None,
+    measuring: int = 0,
 ) -> Plan:
     """How the metagradient of `targets` numbers would be computed within `memory` bytes.
 
@@ -212,6 +209,7 @@ def plan(
     disk     a folder for states that do not fit; half of what is free there is used at most
     states   keep this many states instead, s_0 among them, and recompute the others
     actions  or follow this schedule, such as magic.schedule.kary(run.steps, 4)
+    measuring  bytes that differentiating one target of the measure holds; magic.attribute tries it
 
     Raises ValueError, with the least that works, for a budget too small, and for an illegal schedule.
     """
@@ -229,15 +227,16 @@ def plan(
         count = schedule.check(given, run.steps).peak_states if given else min(states, run.steps)
         if count < 1:
             raise ValueError(f"states={states}: s_0 is always kept, so at least 1")
-        return Plan(run.steps, targets, targets, chunk, 0, (0,) * count, one, None, values, given)
-    least = _needs(one, 1, 1, 1, 0, values)
+        return Plan(run.steps, targets, targets, chunk, 0, (0,) * count, one, None, values, measuring, given)
+    least = _needs(one, 1, 1, 1, 0, values, measuring)
     if room < least:
         raise ValueError(
             f"memory={memory!r} is too little for this run; the least that works is {least:,} bytes"
             + ("" if targets == 1 else f", of which {values:,} are the scores of {targets:,} targets")
         )
     further = _further(run, one, folder)
-    plans = list(_fitting(run, one, targets, chunk, room, values, further))
+    blank = Plan(run.steps, targets, 1, chunk, 0, (0,), one, room, values, measuring)
+    plans = list(_fitting(blank, further))
     # How targets are grouped changes rounding, so it is chosen without a clock; the rest by measured time.
     group = min(plans, key=lambda p: (p.effort, p.sweeps)).group
     return min((p for p in plans if p.group == group), key=lambda p: p.seconds)
@@ -259,28 +258,25 @@ def _chunk(run: Run, one: Trial) -> int:
     return min(CHUNK, max(1, int(CACHE / one.trace_bytes)))
 
 
-def _fitting(
-    run: Run, one: Trial, targets: int, chunk: int, room: int, values: int, further: tuple[int, int]
-) -> Iterator[Plan]:
-    """Plans that fit into `room`."""
-    sweeps = sorted(
-        {-(-targets // g) for g in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, targets) if g <= targets}
-    )
-    for group in sweeps:
-        flight = min(chunk, group)
-        while flight > 1 and _needs(one, group, flight, 1, 0, values) > room:
-            flight //= 2
-        free = room - _needs(one, group, flight, 1, 0, values)
+def _fitting(blank: Plan, further: tuple[int, int]) -> Iterator[Plan]:
+    """Plans that fit into the room: more and more sweeps, without traces and with as many as fit."""
+    one, steps = blank.trial, blank.steps
+    for sweeps in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, blank.targets}):
+        group = -(-blank.targets // sweeps)
+        plan = replace(blank, group=group, chunk=min(blank.chunk, group))
+        while plan.chunk > 1 and plan.nbytes > plan.room:
+            plan = replace(plan, chunk=plan.chunk // 2)
+        free = plan.room - plan.nbytes
         if free < 0:
             continue
         traces = {0}
         if one.same_bits:
-            traces |= {min(run.steps, 1 + int(share * free / one.trace_bytes)) for share in (0.5, 1)}
+            traces |= {min(steps, 1 + int(share * free / one.trace_bytes)) for share in (0.5, 1)}
         for kept in traces - {1}:
             left = free - max(kept - 1, 0) * one.trace_bytes
-            here = 1 + left // one.state_bytes if kept < run.steps else 1
-            for tiers in _tiers(run.steps, kept, here, further):
-                yield Plan(run.steps, targets, group, flight, kept, tiers, one, room, values)
+            here = 1 + left // one.state_bytes if kept < steps else 1
+            for tiers in _tiers(steps, kept, here, further):
+                yield replace(plan, traces=kept, tier_of=tiers)
 
 
 def _tiers(steps: int, traces: int, here: int, further: tuple[int, int]) -> Iterator[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import determinism, health, schedule
+from . import determinism, footprint, health, schedule
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
 from .directory import Directory, Progress
 from .planning import Plan
@@ -212,6 +212,16 @@ class _Sweeps:
         if t % every == 0:
             squares = sum(c.flatten(1).square().sum(1) for c in self.cotangent.params.values())
             self.sizes.setdefault(t, []).extend(squares.sqrt().tolist())
+
+
+def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
+    """K, and the bytes that differentiating one of the K outputs holds. A mistake is told before training."""
+    targets = len(measured_outputs(run, run.initial, measure, finite=False))
+    with determinism.fix():
+        _, _, peak = footprint.measured(
+            lambda: measure_vjp(run, run.initial, measure, slice(0, 1)), run.device
+        )
+    return targets, peak
 
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,16 @@ from .run import Run
 from .state import State
 from .store import Disk
 from .verify import checksums
+from .witness import EXAMPLES
 
 
 @dataclass(frozen=True)
 class Trial:
     """One step, tried: bytes and seconds of a state, a trace, and a target pulled back.
+
+    target_bytes   a target's cotangent, kept from step to step
+    pull_bytes     what pulling one target through a step holds meanwhile
+    check_bytes    what the witness holds, a step of a few examples in float64: as a rule
 
     same_bits  a traced step gives training's bits, so that a trace may stand for a step
     batched    targets can be pulled back together
@@ -33,6 +39,7 @@ class Trial:
     trace_bytes: int
     target_bytes: int
     pull_bytes: int
+    check_bytes: int
     step_seconds: float
     trace_seconds: float
     pull_seconds: float
@@ -56,8 +63,10 @@ def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             cotangent = _ones(traced.after, at_once)
-            _, _, pull_bytes = footprint.measured(lambda: traced_vjp(run, traced, cotangent), run.device)
+            _, _, pull_bytes = footprint.measured(partial(traced_vjp, run, traced, cotangent), run.device)
         batched = not any("one by one" in str(w.message) for w in caught)
+        convolves = any("Conv" in node.name() for node in graph_nodes(list(traced.grads.values())))
+        del traced, cotangent
         again, trace_seconds = _timed(lambda: trace(run, state, weights))
         cotangent = _ones(again.after, at_once)
         _, pull_seconds = _timed(lambda: traced_vjp(run, again, cotangent))
@@ -71,18 +80,20 @@ def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
         x.numel() * x.element_size() for x in after_first.flatten().values() if id(x) not in constant
     )
     gradient = sum(x.numel() * x.element_size() for x in run.initial.params.values())
+    share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0]) * 8 / run.dtype.itemsize
     return Trial(
         state_bytes=nbytes,
         trace_bytes=trace_bytes,
         target_bytes=cotangent.nbytes // at_once + gradient,
         pull_bytes=pull_bytes // at_once,
+        check_bytes=int(share * (trace_bytes + pull_bytes // at_once)) + 14 * gradient,
         step_seconds=step_seconds,
         trace_seconds=trace_seconds,
         pull_seconds=pull_seconds / at_once,
         disk_seconds=disk_seconds,
         same_bits=checksums(again.after) == checksums(expected),
         batched=batched,
-        convolves=any("Convolution" in node.name() for node in graph_nodes(list(again.grads.values()))),
+        convolves=convolves,
     )
 
 

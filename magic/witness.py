@@ -27,7 +27,7 @@ from .state import State
 
 STEPS = (1e-8, 1e-6, 1e-4)  # small first: a ReLU that flips between the two ends spoils a difference
 TOLERANCE = 1e-3
-EXAMPLES = 32  # of a batch
+EXAMPLES = 8  # of a batch
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:

@@ -19,8 +19,10 @@ def statistics(channels, dtype=torch.float64):
     return torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5
 
 
-def weighted(n):
-    return lambda f: lambda x, w, b: f(x, w, b)
+def kernel(w, *shape):
+    """A kernel made of the few numbers in w."""
+    count = torch.Size(shape).numel()
+    return w.repeat(-(-count // len(w)))[:count].view(shape).cumsum(0).cos()
 
 
 # name -> (shape of x, number of channels of weight and bias or 0, f(x, w, b))
@@ -33,6 +35,25 @@ OPERATIONS = {
     "batch_norm": ((6, 3), 3, lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True)),
     "batch_norm, images": ((3, 2, 3, 2), 2, lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True)),
     "batch_norm, plain": ((6, 3), 0, lambda x, w, b: F.batch_norm(x, None, None, training=True)),
+    "conv2d": ((2, 3, 5, 4), 3, lambda x, w, b: F.conv2d(x, kernel(w, 2, 3, 3, 2), b[:2], padding=1)),
+    "conv2d, data": (
+        (2, 3, 5, 4),
+        3,
+        lambda x, w, b: (
+            F.conv2d(kernel(w.detach() * 0 + 1.3, 2, 3, 5, 4), kernel(w, 2, 3, 3, 2), b[:2]) * x.mean()
+        ),
+    ),
+    "conv2d, strides": (
+        (2, 4, 6, 5),
+        4,
+        lambda x, w, b: F.conv2d(x, kernel(w, 4, 2, 2, 3), None, (2, 1), (1, 0), groups=2).sin() * b[0],
+    ),
+    "conv1d": ((2, 3, 6), 3, lambda x, w, b: F.conv1d(x, kernel(w, 2, 3, 3), b[:2], dilation=2)),
+    "conv2d, same": (
+        (2, 3, 4, 4),
+        3,
+        lambda x, w, b: F.conv2d(x, kernel(w, 2, 3, 3, 3), b[:2], padding="same"),
+    ),
     "avg_pool": ((2, 3, 4, 6), 0, lambda x, w, b: F.avg_pool2d(x, 2)),
     "avg_pool, a row left over": ((2, 1, 7, 6), 0, lambda x, w, b: nn.AvgPool2d(3)(x)),
     "avg_pool, overlapping": ((2, 1, 5, 5), 0, lambda x, w, b: F.avg_pool2d(x, 3, stride=1, padding=1)),
@@ -151,7 +172,7 @@ def test_a_frozen_affine_part(name):
 
 
 def test_each_replacement_is_tested():
-    names = {"layer_norm", "group_norm", "batch_norm", "gelu", "avg_pool2d"}
+    names = {"layer_norm", "group_norm", "batch_norm", "gelu", "avg_pool2d", "conv1d", "conv2d", "conv3d"}
     assert {f.__name__ for f in SAME_BITS} == names
     assert set(equivalents.REWRITTEN) == {
         torch._weight_norm, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu

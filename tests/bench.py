@@ -1,0 +1,214 @@
+"""What a metagradient costs, in plain training runs. `uv run python -m tests.bench`
+
+Every figure is a ratio to a plain torch.optim loop over the same model, data and batches, timed in
+the same process, interleaved, one thread; medians over rounds. A metagradient's time contains its
+training, its plan, its checks. With --peers also a full unroll by autograd and, where it is installed,
+bergson (see tests/peers.py) on the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import magic
+from magic import data, models
+from magic.verify import checksums
+
+from . import peers
+
+
+@dataclass
+class Work:
+    """A training run, and test examples whose losses are measured."""
+
+    name: str
+    model: nn.Module
+    optimizer: Callable
+    data: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+    loss: Callable
+    order: Tensor
+
+    def measure(self, targets: int) -> Callable:
+        test = tuple(x[:targets] for x in self.test)
+        return lambda model: self.loss(model, *test)
+
+    def run(self) -> magic.Run:
+        return magic.Run(self.model, self.optimizer(self.model), self.data, self.loss, self.order)
+
+
+def classify(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def next_token(model, tokens):
+    logits = model(tokens[:, :-1]).transpose(1, 2)
+    return F.cross_entropy(logits, tokens[:, 1:], reduction="none").mean(1)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def momentum(model):
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def mlp() -> Work:
+    """Digits, MLP 64-256-256-10, AdamW, T = 200, B = 128."""
+    x, y, x_test, y_test = data.digits()
+    order = magic.batches(len(x), 128, 23)[:200]
+    return Work("mlp", models.MLP((64, 256, 256, 10)), adamw, (x, y), (x_test, y_test), classify, order)
+
+
+def conv() -> Work:
+    """Fashion-MNIST, 2,000 images of 14×14, two convolutions of width 16 with BatchNorm, SGD momentum,
+    T = 240, B = 100."""
+    x, y, x_test, y_test = data.fashion_mnist(train=2000, test=500, size=14)
+    model, order = models.ConvNet(width=16, norm="batch"), magic.batches(len(x), 100, 12)
+    return Work("conv", model, momentum, (x, y), (x_test, y_test), classify, order)
+
+
+def transformer() -> Work:
+    """The Python documentation, two layers of width 64 over 32 characters, AdamW, T = 200, B = 32."""
+    train, test, characters = data.python_text(train=1600, test=200)
+    model, order = models.Transformer(len(characters)), magic.batches(len(train), 32, 4)
+    return Work("transformer", model, adamw, (train,), (test,), next_token, order)
+
+
+WORKS = {"mlp": mlp, "conv": conv, "transformer": transformer}
+
+
+def build(name: str) -> Work:
+    torch.manual_seed(0)
+    return WORKS[name]()
+
+
+def plain(work: Work) -> None:
+    """What everybody writes."""
+    model = copy.deepcopy(work.model)
+    optimizer = work.optimizer(model)
+    for indices in work.order:
+        optimizer.zero_grad()
+        work.loss(model, *(x[indices] for x in work.data)).mean().backward()
+        optimizer.step()
+
+
+def seconds(job: Callable) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def jobs_of(work: Work, targets: list[int], memory: str, with_peers: bool) -> dict[tuple[str, int], Callable]:
+    """(what, K) -> what is timed; K = 0 where nothing is differentiated."""
+    run = work.run()
+
+    def differentiate(k):
+        return lambda: magic.attribute(run, work.measure(k), memory=memory, progress=False)
+
+    jobs: dict[tuple[str, int], Callable] = {("run.train()", 0): lambda: run.train(progress=False)}
+    jobs |= {("magic.attribute", k): differentiate(k) for k in targets}
+    if with_peers:
+        jobs |= peers.jobs(work, targets)
+    return jobs
+
+
+def table(name: str, targets: list[int], rounds: int, memory: str, with_peers: bool) -> dict:
+    """Time one work, and print its table."""
+    work = build(name)
+    jobs = jobs_of(work, targets, memory, with_peers)
+    plain(work)
+    for job in jobs.values():
+        job()  # warm up
+    base, times = [], {key: [] for key in jobs}
+    for _ in range(rounds):
+        for key, job in jobs.items():
+            base.append(seconds(lambda: plain(work)))
+            times[key].append(seconds(job))
+    one = statistics.median(base)
+    print(f"\n{name}: {' '.join(WORKS[name].__doc__.split())}")
+    print(f"a plain loop takes {one:.3f} s ({min(base):.3f} … {max(base):.3f})\n")
+    print(f"  {'':<26}{'K':>4}{'ratio':>9}{'per target':>12}{'lowest … highest':>21}")
+    found = {}
+    for (what, k), values in times.items():
+        ratio = statistics.median(values) / one
+        span = f"{min(values) / one:.2f} … {max(values) / one:.2f}"
+        print(f"  {what:<26}{k or '':>4}{ratio:>9.2f}{ratio / k if k else float('nan'):>12.2f}{span:>21}")
+        found[f"{what} K={k}"] = ratio
+    run = work.run()
+    state = run.train(progress=False)
+    noting = len(next(iter(run._passed.values())).noted) * seconds(lambda: checksums(state))
+    print(f"\n  fingerprints: {noting / one:.2%} of a plain loop")
+    for k in targets:
+        print(f"  K = {k}: {magic.plan(run, targets=k, memory=memory)}")
+    return found
+
+
+def peak_rss(name: str, targets: int, memory: str) -> int:
+    """Bytes of this process at its peak, after a plain loop (targets = 0) or a metagradient. Linux."""
+    work = build(name)
+    if targets:
+        magic.attribute(work.run(), work.measure(targets), memory=memory, progress=False)
+    else:
+        plain(work)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_table(name: str, targets: list[int], budgets: list[str]) -> None:
+    """Peak memory above the plain loop's, each in a process of its own, beside the budget given."""
+
+    def measured(*arguments) -> int:
+        command = [sys.executable, "-m", "tests.bench", "--peak", name, *map(str, arguments)]
+        return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    floor = measured(0, "1GB")
+    print(f"\n  {'budget':>10}{'K':>5}{'peak above the plain loop':>28}")
+    for memory in budgets:
+        for k in targets:
+            print(f"  {memory:>10}{k:>5}{(measured(k, memory) - floor) / 1e6:>25,.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--works", default="mlp,conv,transformer")
+    parser.add_argument("--targets", default="1,4,16,64")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", default="1GB")
+    parser.add_argument("--budgets", default="", help="also peak memory, at these budgets: 100MB,1GB")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak", nargs=3, metavar=("WORK", "K", "MEMORY"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.peak:
+        name, targets, memory = given.peak
+        print(peak_rss(name, int(targets), memory))
+        return
+    targets = [int(k) for k in given.targets.split(",")]
+    print(
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{given.threads} thread(s), medians of {given.rounds} rounds; 1 = a plain loop, training included"
+    )
+    for name in given.works.split(","):
+        table(name, targets, given.rounds, given.memory, given.peers)
+        if given.budgets:
+            memory_table(name, targets, given.budgets.split(","))
+
+
+if __name__ == "__main__":
+    main()
