@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import determinism
-from .files import read, write
+from .files import read, writable, write
 from .run import Run
 from .state import State
 from .store import Disk
@@ -57,9 +57,9 @@ def identity(run: Run, weights: Tensor, what: str) -> dict[str, object]:
     with determinism.fix():
         first = run.step(run.initial, weights).fingerprint()
     return {
-        "what is computed": what,
         **run.identity(),
         "the data weights": determinism.fingerprint(weights),
+        "what is computed": what,
         "magic's code": determinism.digest(repr(source)),
         **determinism.numerics(),
         "the first step (code of model or loss, items of the data, or the machine's numerics)": first,
@@ -85,7 +85,7 @@ class Directory:
         folder = cls(Path(path), run)
         mine = identity(run, weights, what)
         for place in (folder.path, folder.states.folder, folder._training.folder):
-            place.mkdir(parents=True, exist_ok=True)
+            writable(place)
         with folder._locked():
             try:
                 theirs = json.loads((folder.path / "identity.json").read_text())

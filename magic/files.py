@@ -40,7 +40,8 @@ def read(path: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dic
     try:
         with library.safe_open(path, framework="pt", device="cpu") as file:
             meta = json.loads(file.metadata()["magic"])
-            tensors = {k: file.get_tensor(k) for k in meta["order"]}
+            # a copy lies where PyTorch puts tensors; at another alignment, sums are rounded otherwise
+            tensors = {k: file.get_tensor(k).clone() for k in meta["order"]}
         whole = determinism.fingerprint(tensors) == meta["fingerprint"]
     except Exception as error:
         raise ReplayMismatch(f"{path} is damaged, or was not written by magic: {error}") from error
@@ -58,3 +59,18 @@ def _safetensors():
             "a folder for states needs safetensors: pip install 'magic-attribution[disk]'"
         ) from error
     return safetensors
+
+
+def writable(disk: str | os.PathLike) -> Path:
+    """The folder, made if it is not there; OSError if nothing can be written into it."""
+    folder = Path(disk)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "probe.part"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"disk={str(disk)!r} is not a folder that can be written ({error}); give another"
+        ) from error
+    return folder

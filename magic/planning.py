@@ -23,6 +23,7 @@ import torch
 
 from . import schedule, timeline
 from .adjoint import CHUNK
+from .files import writable
 from .run import Run
 from .tryout import Trial, try_step
 
@@ -218,7 +219,7 @@ def plan(
     if states is not None and not isinstance(states, int):
         raise TypeError(f"states={states!r}: the number of states to keep is an integer")
     room = parse_bytes(memory) if states is None and actions is None else None
-    folder = _writable(disk) if disk is not None else None
+    folder = writable(disk) if disk is not None else None
     one = try_step(run, targets, folder)
     values = targets * run.n * torch.finfo(run.dtype).bits // 8
     chunk = _chunk(run, one)
@@ -304,17 +305,3 @@ def _further(run: Run, one: Trial, folder: Path | None) -> tuple[int, int]:
     if folder is not None:
         disk = shutil.disk_usage(folder).free // 2 // one.state_bytes
     return host, disk
-
-
-def _writable(disk: str | os.PathLike) -> Path:
-    folder = Path(disk)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "probe.part"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"disk={str(disk)!r} is not a folder that can be written ({error}); give another"
-        ) from error
-    return folder

@@ -36,7 +36,7 @@ def checksums(state: State) -> dict[str, int]:
 
 
 def _sum(x: Tensor) -> Tensor:
-    raw = x.detach().reshape(-1)
+    raw = x.detach().contiguous().reshape(-1)
     if raw.storage_offset() * raw.element_size() % 8:
         raw = raw.clone()
     size = raw.numel() * raw.element_size()
