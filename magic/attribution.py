@@ -143,6 +143,8 @@ class Attribution:
         ]
         if self.plan is not None:
             rows.append(("cost", str(self.plan)))
+        if self.health is not None:
+            rows.append(("health", "; ".join(self.health.problems) or "no problem seen"))
         return rows
 
     def __repr__(self) -> str:

@@ -39,11 +39,15 @@ class Health:
         return tuple(math.log10(max(c) / min(c)) if min(c) > 0 else math.inf for c in columns)
 
     @property
+    def wide(self) -> list[int]:
+        """The targets whose cotangent sweeps more than `DECADES` powers of ten."""
+        return [k for k, d in enumerate(self.decades) if d > DECADES]
+
+    @property
     def problems(self) -> list[str]:
         """What speaks against these scores, in sentences; empty if nothing does."""
         found = []
-        wide = [k for k, d in enumerate(self.decades) if d > DECADES]
-        if wide:
+        if wide := self.wide:
             worst = max(self.decades)
             sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
             found.append(
@@ -63,11 +67,11 @@ class Health:
 
     def warn(self) -> None:
         """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
-        if any(d > DECADES for d in self.decades):
+        if self.wide:
             warnings.warn(self.problems[0], stacklevel=4)
 
     def plot(self, targets: int | Sequence[int] | None = None, ax=None):
-        """Size of the cotangent along the run, a line for each target; returns the axes."""
+        """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
         from .plot import cotangent_sizes
 
         return cotangent_sizes(self, targets, ax)

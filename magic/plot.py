@@ -70,3 +70,28 @@ def predicted_against_true(result, ax=None, targets: int | None = 1):
         f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs"
     )
     return ax
+
+
+def cotangent_sizes(health, targets: int | Sequence[int] | None = None, ax=None):
+    """‖∂φ_k/∂params_t‖ along the run, a line for each target; returns the axes.
+
+    `health` is `Attribution.health`; `targets` are those to show, None for all. Orange are those that
+    sweep so many powers of ten that `health` speaks against them.
+    """
+    plt, _ = _libraries()
+    steps = [t for t, _ in health.sizes]
+    if not steps:
+        raise ValueError("no cotangent was measured: the replay went back through no step")
+    count = len(health.decades)
+    chosen = range(count) if targets is None else [targets] if isinstance(targets, int) else targets
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.4, 3.2))
+    for k in chosen:
+        if not 0 <= k < count:
+            raise ValueError(f"targets={targets!r}: there are {count} targets, 0 … {count - 1}")
+        color = HARMFUL if k in health.wide else HELPFUL
+        ax.plot(steps, [row[k] for _, row in health.sizes], color=color, linewidth=1.2, alpha=0.8)
+    ax.set(yscale="log", xlim=(0, health.steps), xlabel="training step t", ylabel="‖∂φ/∂params‖ at s_t")
+    swept = [health.decades[k] for k in chosen]
+    ax.set_title(f"{len(swept)} target{'s' * (len(swept) > 1)}; the widest sweeps {max(swept):.1f} powers of ten")
+    return ax

@@ -158,6 +158,49 @@ def test_figures():
     plt.close("all")
 
 
+def test_figure_of_the_cotangents():
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
+
+    sizes = ((8, (1.0, 2.0)), (4, (1e-2, 1.5)), (0, (1e-7, 1.0)))
+    health = magic.Health(12, sizes, 0, {})
+    ax = health.plot()
+    steady, wide = ax.lines[1], ax.lines[0]
+    assert list(wide.get_xdata()) == [8, 4, 0] and list(wide.get_ydata()) == [1.0, 1e-2, 1e-7]
+    assert to_hex(wide.get_color()) == plot.HARMFUL and to_hex(steady.get_color()) == plot.HELPFUL
+    assert "2 targets; the widest sweeps 7.0" in ax.get_title() and ax.get_yscale() == "log"
+    assert len(health.plot(1).lines) == 1 and "1 target;" in health.plot(targets=[1]).get_title()
+    with pytest.raises(ValueError, match="there are 2 targets, 0 … 1"):
+        health.plot(2)
+    with pytest.raises(ValueError, match="no cotangent was measured"):
+        magic.Health(12, (), 0, {}).plot()
+    plt.close("all")
+
+
+def test_python_text():
+    train, test, characters = data.python_text(train=50, test=10, length=16)
+    assert train.shape == (50, 17) and test.shape == (10, 17) and train.dtype == torch.int64
+    assert 0 <= train.min() and train.max() < len(characters) < 200
+    words = "".join(characters[i] for row in data.python_text(2000, 1)[0] for i in row).split()
+    assert {"the", "a", "of"} <= set(words)
+    assert torch.equal(train, data.python_text(50, 10, 16)[0])
+    assert not torch.equal(train, data.python_text(50, 10, 16, seed=1)[0])
+    with pytest.raises(ValueError, match="sequences of this length"):
+        data.python_text(train=10**6)
+
+
+def test_the_transformer_sees_no_future():
+    torch.manual_seed(0)
+    model = models.Transformer(20, width=16, heads=2).double()
+    tokens = torch.randint(20, (3, 12))
+    changed = tokens.clone()
+    changed[:, 7:] = torch.randint(20, (3, 5))
+    before, after = model(tokens), model(changed)
+    assert before.shape == (3, 12, 20)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert (before[:, 7:] - after[:, 7:]).abs().max() > 0.01
+
+
 def test_compare_and_claim(capsys):
     a = torch.tensor([1.0, 2.0])
     checks.compare("equal", a, a.clone())
