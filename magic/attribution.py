@@ -24,10 +24,11 @@ from .planning import Plan
 from .planning import plan as settle
 from .replay import metagradient, try_measure
 from .run import Run
+from .show import Table
 
 
 @dataclass(eq=False, repr=False)
-class Attribution:
+class Attribution(Table):
     """Scores of n training examples for K measured outputs, and what they predict.
 
     values   (K, n): ∂φ_k/∂w_i. Negative: more of example i makes output k smaller
@@ -131,7 +132,7 @@ class Attribution:
             )
         return cls(values, outputs, at, run, measure, run_fingerprint=meta["run"])
 
-    def _summary(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
         k, n = self.values.shape
         low, high = self.values.min().item(), self.values.max().item()
         at = f"{self.at[0].item():g}" if (self.at == self.at[0]).all() else "a vector"
@@ -146,16 +147,6 @@ class Attribution:
         if self.health is not None:
             rows.append(("health", "; ".join(self.health.problems) or "no problem seen"))
         return rows
-
-    def __repr__(self) -> str:
-        return "Attribution\n" + "\n".join(f"  {name:<24} {value}" for name, value in self._summary())
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{value}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table><caption>Attribution</caption>{rows}</table>"
 
 
 def attribute(

@@ -16,9 +16,9 @@ from torch import Tensor
 from . import determinism
 from .attribution import Attribution
 from .inputs import check_indices
-from .progress import bar
 from .replay import measured_outputs
 from .run import Run
+from .show import bar
 from .state import State
 
 

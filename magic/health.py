@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .show import Table
+
 DECADES = 6.0  # powers of ten; float32 carries seven
 SAMPLES = 64  # steps of a run at which the cotangent is measured
 
 
-@dataclass(frozen=True)
-class Health:
+@dataclass(frozen=True, repr=False)
+class Health(Table):
     """What a replay saw.
 
     sizes      (t, K norms of ∂φ/∂params_t), last step first
@@ -99,13 +101,3 @@ class Health:
             ),
             ("problems", "; ".join(self.problems) or "none seen"),
         ]
-
-    def __repr__(self) -> str:
-        return "Health\n" + "\n".join(f"  {name:<22} {value}" for name, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>"
-            for k, v in self.rows()
-        )
-        return f"<table><caption>Health</caption>{body}</table>"

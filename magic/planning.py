@@ -25,6 +25,7 @@ from . import schedule, timeline
 from .adjoint import CHUNK
 from .files import writable
 from .run import Run
+from .show import Table
 from .tryout import Trial, try_step
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -47,8 +48,8 @@ def parse_bytes(memory: float | str) -> int:
     raise ValueError(f'memory={memory!r}: write a number of bytes, or a string such as "500MB" or "2GB"')
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Table):
     """A replay, settled. `print` it for what it costs, `timeline()` for what it does when.
 
     steps, targets   T and K
@@ -145,6 +146,10 @@ class Plan:
         """A picture in text of one sweep: training steps from left to right, time from top to bottom."""
         return timeline.draw(self.actions(), self.steps, width)
 
+    @property
+    def caption(self) -> str:
+        return f"Replay of {self.steps:,} steps"
+
     def rows(self) -> list[tuple[str, str]]:
         """The plan as a table: what, and how much."""
         one, flight = self.trial, min(self.chunk, self.group)
@@ -178,13 +183,6 @@ class Plan:
         again = f"{self.extra:,} steps done again ({self.extra / self.steps:.2f} per step)"
         sweeps = f"; {self.sweeps} sweeps of {self.group} targets" if self.sweeps > 1 else ""
         return f"replay of {self.steps:,} steps: {kept}, {size}; {again}{sweeps}"
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>"
-            for k, v in self.rows()
-        )
-        return f"<table><caption>Replay of {self.steps:,} steps</caption>{body}</table>"
 
 
 def _needs(one: Trial, group: int, chunk: int, states: int, traces: int, values: int, measuring: int) -> int:

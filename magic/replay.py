@@ -18,8 +18,8 @@ from . import determinism, footprint, health, schedule
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
 from .directory import Directory, Progress
 from .planning import Plan
-from .progress import bar
 from .run import NonFinite, Run
+from .show import bar
 from .state import State
 from .store import Host, Memory, Store
 from .verify import ReplayMismatch, checksums
@@ -79,6 +79,8 @@ def metagradient(
     """
     start = measured_outputs(run, run.initial, measure, finite=False)  # a mistake in measure is told first
     if disk is None:
+        if 2 in planned.tier_of:
+            raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
         return _Sweeps(run, measure, weights, planned, None).all(progress)
     what = f"a replay of {len(start)} targets, {determinism.fingerprint(start)} at the start"
     with Directory.open(disk, run, weights, what) as folder:

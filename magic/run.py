@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from . import determinism, inputs, optim
 from .equivalents import differentiable
-from .progress import bar
+from .show import bar
 from .state import State
 from .trial import first_step
 from .verify import Passed

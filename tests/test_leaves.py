@@ -180,7 +180,7 @@ def test_figure_of_the_cotangents():
 def test_python_text():
     train, test, characters = data.python_text(train=50, test=10, length=16)
     assert train.shape == (50, 17) and test.shape == (10, 17) and train.dtype == torch.int64
-    assert 0 <= train.min() and train.max() < len(characters) < 200
+    assert train.min() >= 0 and train.max() < len(characters) < 200
     words = "".join(characters[i] for row in data.python_text(2000, 1)[0] for i in row).split()
     assert {"the", "a", "of"} <= set(words)
     assert torch.equal(train, data.python_text(50, 10, 16)[0])

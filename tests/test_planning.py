@@ -222,3 +222,14 @@ def test_no_tensor_stays_alive(name):
     assert held > 1000, "degenerate: nothing was traced"
     _, held, peak = footprint.measured(lambda: a_step_there_and_back(keep=False), cpu)
     assert peak > 1000 and held == 0
+
+
+def test_a_plan_with_a_disk_needs_one(tmp_path):
+    run, measure = digits_run(3)
+    plan = dataclasses.replace(magic.plan(run, 3, states=4), tier_of=(0, 2, 0, 2))
+    with pytest.raises(ValueError, match="the plan keeps states on disk: pass disk="):
+        magic.attribute(run, measure, plan=plan, progress=False)
+    scores = magic.attribute(run, measure, plan=plan, disk=tmp_path, progress=False)
+    assert torch.equal(
+        scores.values, magic.attribute(run, measure, plan=magic.plan(run, 3, states=4), progress=False).values
+    )

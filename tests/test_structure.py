@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "progress", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
+    "determinism", "show", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
     "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
     "tryout", "planning", "health", "directory", "replay", "attribution", "counterfactual", "smoothness",
     "baselines",
