@@ -98,7 +98,7 @@ def build(name: str) -> Work:
     return WORKS[name]()
 
 
-def plain(work: Work) -> None:
+def plain(work: Work) -> nn.Module:
     """What everybody writes."""
     model = copy.deepcopy(work.model)
     optimizer = work.optimizer(model)
@@ -106,6 +106,7 @@ def plain(work: Work) -> None:
         optimizer.zero_grad()
         work.loss(model, *(x[indices] for x in work.data)).mean().backward()
         optimizer.step()
+    return model
 
 
 def seconds(job: Callable) -> float:
@@ -152,7 +153,8 @@ def table(name: str, targets: list[int], rounds: int, memory: str, with_peers: b
         found[f"{what} K={k}"] = ratio
     run = work.run()
     state = run.train(progress=False)
-    noting = len(next(iter(run._passed.values())).noted) * seconds(lambda: checksums(state))
+    once = statistics.median(seconds(lambda: checksums(state)) for _ in range(9))
+    noting = once * len(next(iter(run._passed.values())).noted)
     print(f"\n  fingerprints: {noting / one:.2%} of a plain loop")
     for k in targets:
         print(f"  K = {k}: {magic.plan(run, targets=k, memory=memory)}")
