@@ -6,21 +6,24 @@ scores.removal_effect([42])                     # predicted change of each measu
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 """
 
-from . import determinism, schedule
+from . import baselines, determinism, schedule, subsets
 from .adjoint import NotDifferentiable
 from .attribution import Attribution, attribute
-from .counterfactual import LDS, lds, retrain
+from .bank import Bank
 from .determinism import NotDeterministic, fingerprint
 from .health import Health
+from .judgement import Comparison, compare, lds, leave_one_out
 from .planning import Plan, plan
 from .replay import train
+from .retraining import retrain
 from .run import NonFinite, Run, batches
 from .state import State
 from .verify import ReplayMismatch
 
 __all__ = [
-    "LDS",
     "Attribution",
+    "Bank",
+    "Comparison",
     "Health",
     "NonFinite",
     "NotDeterministic",
@@ -30,12 +33,16 @@ __all__ = [
     "Run",
     "State",
     "attribute",
+    "baselines",
     "batches",
+    "compare",
     "determinism",
     "fingerprint",
     "lds",
+    "leave_one_out",
     "plan",
     "retrain",
     "schedule",
+    "subsets",
     "train",
 ]

@@ -75,6 +75,15 @@ class Attribution(Table):
         moved = weights - self.at.to(self.values)
         return self.outputs + moved @ self.values.T
 
+    def like(self, values: Tensor) -> Attribution:
+        """Other scores, (K, n), for the same run and outputs, such as those of another method."""
+        values = torch.as_tensor(values).to(self.values)
+        if values.shape != self.values.shape:
+            raise ValueError(
+                f"values must be {tuple(self.values.shape)}, (K, n); they are {tuple(values.shape)}"
+            )
+        return Attribution(values, self.outputs, self.at, self.run, self.measure)
+
     def top(self, target: int = 0, k: int = 5):
         """The k most helpful and the k most harmful examples for one output, read as a loss.
 

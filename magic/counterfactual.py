@@ -1,157 +1,99 @@
-"""What would really have happened: retrain without the examples, and judge the prediction by it.
+"""Many retrainings: on all cores of this machine or on a cluster, and none of them twice.
 
-LDS, the linear datamodeling score: over random subsets of the training data, the Spearman
-correlation between predicted and true outputs, per target (Ilyas et al. 2022; Park et al. 2023).
+Retrainings are independent and go through joblib: to all cores, or, unchanged, to a cluster:
+`with joblib.parallel_config(backend="dask"): ...`. A worker takes over this process's thread count, so
+it computes the same bits. What is done is kept in a `Bank` at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import determinism
-from .attribution import Attribution
-from .inputs import check_indices
-from .replay import measured_outputs
+from .bank import Bank
+from .retraining import retrained
 from .run import Run
 from .show import bar
-from .state import State
+
+WORTH = 30.0  # seconds of training from which other processes pay, which take some ten to start
+ALONE = threading.Lock()  # a training owns its process's random numbers and settings
+TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
 
 
-def retrain(run: Run, without: Iterable[int], progress: bool = True) -> State:
-    """The final state of the same run without these training examples: their data weights are 0."""
-    weights = run.weights()
-    weights[check_indices(without, run.n).to(weights.device)] = 0.0
-    return run.train(weights, progress)
-
-
-def random_subsets(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
-    """(subsets, n) data weights: each row drops the same fraction of the examples, at random.
-
-    Raises ValueError when the fraction rounds to no example or to all of them.
-    """
-    count = round(drop * n)
-    if not 0 < count < n:
-        raise ValueError(
-            f"drop={drop} of n={n} examples rounds to {count}; a subset drops between 1 and {n - 1}: "
-            f"use a fraction between {0.5 / n:.2g} and {1 - 0.5 / n:.6g}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.ones(subsets, n, device="cpu")
-    for row in weights:
-        row[torch.randperm(n, generator=generator, device="cpu")[:count]] = 0.0
-    return weights
-
-
-@dataclass(eq=False, repr=False)
-class LDS:
-    """Predicted against true outputs over random subsets.
-
-    predicted, true  (S, K): outputs of S retrained models
-    baseline         (K,): outputs with nothing removed
-    drop             the fraction of the examples that each subset lacks
-    per_target       (K,): Spearman correlation of each target's column
-    mean             their mean
-    interval         its 95 % bootstrap interval, over subsets and targets
-    """
-
-    predicted: Tensor
-    true: Tensor
-    baseline: Tensor
-    drop: float
-    per_target: np.ndarray
-    mean: float
-    interval: tuple[float, float]
-
-    def plot(self, ax=None, targets: int | None = 1):
-        """Predicted against true change, one dot per retrained model; the diagonal is exactness."""
-        from .plot import predicted_against_true
-
-        return predicted_against_true(self, ax=ax, targets=targets)
-
-    def __repr__(self) -> str:
-        low, high = self.interval
-        return (
-            f"LDS {self.mean:.3f} [{low:.3f}, {high:.3f}]: {len(self.true)} subsets without "
-            f"{self.drop:.3g} of the data, {self.true.shape[1]} targets"
-        )
-
-
-def lds(
-    scores: Attribution,
-    drop: float = 0.01,
-    subsets: int = 100,
+def outputs(
+    run: Run,
+    measure: Callable,
+    weights: Tensor,
     *,
-    seed: int = 0,
+    bank: Bank | None = None,
+    jobs: int | None = None,
     progress: bool = True,
-) -> LDS:
-    """Retrain without `subsets` random sets of a fraction `drop`, and compare with the prediction.
+) -> Tensor:
+    """(S, K): measured outputs of the models trained with each row of `weights`, (S, n).
 
-    Takes `subsets` + 1 trainings. Raises ValueError for fewer than 3 subsets, a fraction that rounds to
-    nothing or everything, or a target whose true output does not vary.
+    bank   where outputs are looked up, and kept as soon as each training is done
+    jobs   processes; None: one, until that would take long, then all cores, or what
+           joblib.parallel_config says. The bits do not depend on it. With more than one process set
+           torch.set_num_threads(1) first, or they take each other's cores
     """
-    if scores.run is None or scores.measure is None:
-        raise ValueError(
-            "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
-        )
-    if subsets < 3:
-        raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
-    run, weights = scores.run, random_subsets(scores.run.n, drop, subsets, seed)
-    everything = torch.ones(1, run.n, device="cpu")
-    outputs = true_outputs(run, scores.measure, torch.cat([everything, weights]), progress).cpu()
-    return judge(scores.predict(weights).cpu(), outputs[1:], outputs[0], drop, seed)
-
-
-def true_outputs(run: Run, measure: Callable, weights: Tensor, progress: bool = True) -> Tensor:
-    """(S, K): measured outputs of the models trained with each row of `weights`, (S, n)."""
-    rows = []
-    with determinism.fix(), bar(len(weights), "retrain", progress) as shown:
-        for row in weights:
-            rows.append(measured_outputs(run, run.train(row, progress=False), measure))
+    if bank is None:
+        bank = Bank(":memory:", run, measure)
+    bank.serves(run, measure)
+    known = {s: bank.get(row) for s, row in enumerate(weights)}
+    todo = [s for s, found in known.items() if found is None]
+    with bar(len(todo), "retrain", progress) as shown:
+        for s, found in _trained(run, measure, weights, todo, bank.how, jobs):
+            known[s] = found
+            bank.put(weights[s], found)
             shown.update()
-    return torch.stack(rows)
+    return torch.stack([known[s].to(torch.float64).cpu() for s in range(len(weights))]).to(run.dtype)
 
 
-def judge(predicted: Tensor, true: Tensor, baseline: Tensor, drop: float, seed: int = 0) -> LDS:
-    """The LDS of (S, K) predicted against (S, K) true outputs, with its bootstrap interval."""
-    constant = (true == true[0]).all(dim=0)
-    if constant.any():
-        raise ValueError(
-            f"the true output of target {constant.nonzero()[0].item()} is the same in every retrained "
-            "model, so there is nothing to rank: drop more, or measure something that varies"
-        )
-    constant = (predicted == predicted[0]).all(dim=0)
-    if constant.any():
-        raise ValueError(
-            f"the predicted output of target {constant.nonzero()[0].item()} is the same for every subset: "
-            "its scores are all 0, or all equal"
-        )
-    per_target = spearman(predicted.numpy(), true.numpy())
-    dice = np.random.default_rng(seed)
-    means = []
-    for _ in range(1000):
-        rows = dice.integers(len(true), size=len(true))
-        columns = dice.integers(true.shape[1], size=true.shape[1])
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may happen to be constant
-            resampled = spearman(predicted.numpy()[rows], true.numpy()[rows])
-        means.append(np.nanmean(resampled[columns]))
-    low, high = np.nanquantile(means, [0.025, 0.975])
-    return LDS(
-        predicted, true, baseline, drop, per_target, float(per_target.mean()), (float(low), float(high))
+def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):
+    """(row, its outputs), as they are done."""
+    start = time.monotonic()
+    if jobs is None and todo and not _elsewhere():
+        yield todo[0], retrained(run, measure, weights[todo[0]], how)
+        todo = todo[1:]
+        jobs = None if (time.monotonic() - start) * len(todo) > WORTH else 1
+    if jobs == 1:
+        for s in todo:
+            yield s, retrained(run, measure, weights[s], how)
+    elif todo:
+        yield from _in_parallel(run, measure, weights, todo, how, jobs)
+
+
+def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
+    import joblib
+
+    workers = joblib.effective_n_jobs(-1 if jobs is None else jobs)
+    size = max(1, len(todo) // (TASKS * workers))
+    parts = [todo[i : i + size] for i in range(0, len(todo), size)]
+    threads = torch.get_num_threads()
+    parallel = joblib.Parallel(-1 if jobs is None else jobs, return_as="generator_unordered")
+    tasks = (
+        joblib.delayed(_some)(run, measure, [(s, weights[s].numpy()) for s in part], how, threads)
+        for part in parts
     )
+    for done in parallel(tasks):
+        yield from ((s, torch.from_numpy(found)) for s, found in done)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(K,): Spearman's rank correlation of the columns of two (S, K) arrays; ties share their rank."""
+def _some(run: Run, measure: Callable, rows: list, how: str, threads: int) -> list:
+    """What a worker does: train for each row of weights."""
+    with ALONE:
+        torch.set_num_threads(threads)
+        return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]
+
+
+def _elsewhere() -> bool:
+    """Whether joblib was told to use something else than this machine's processes."""
     try:
-        from scipy.stats import rankdata
-    except ImportError as error:
-        raise ImportError(
-            "rank correlations need scipy: pip install 'magic-attribution[notebooks]'"
-        ) from error
-    a, b = (rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b))
-    return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))
+        from joblib.parallel import get_active_backend
+    except ImportError:
+        return False
+    return type(get_active_backend()[0]).__name__ != "LokyBackend"

@@ -50,14 +50,7 @@ class Health(Table):
         """What speaks against these scores, in sentences; empty if nothing does."""
         found = []
         if wide := self.wide:
-            worst = max(self.decades)
-            sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
-            found.append(
-                f"the derivative of {len(wide)} of {len(self.decades)} targets, the first {wide[0]}, {sweep} "
-                "along the run: the examples of some steps count as nothing beside others', and the "
-                "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother "
-                "network help"
-            )
+            found += filter(None, (self._swept(wide, grows) for grows in (True, False)))
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
@@ -70,13 +63,34 @@ class Health(Table):
     def warn(self) -> None:
         """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
         if self.wide:
-            warnings.warn(self.problems[0], stacklevel=4)
+            warnings.warn("; ".join(self.problems), stacklevel=4)
 
     def plot(self, targets: int | Sequence[int] | None = None, ax=None):
         """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
         from .plot import cotangent_sizes
 
         return cotangent_sizes(self, targets, ax)
+
+    def _swept(self, wide: list[int], grows: bool) -> str | None:
+        """What it means that these targets' cotangents grow on the way back, or that they shrink."""
+        first, last = self.sizes[-1][1], self.sizes[0][1]
+        if not (these := [k for k in wide if (first[k] > last[k]) == grows]):
+            return None
+        worst = max(self.decades[k] for k in these)
+        sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
+        where = (
+            f"the derivative of {len(these)} of {len(self.decades)} targets, the first {these[0]}, {sweep}"
+        )
+        if grows:
+            return (
+                f"{where} along the run, growing on the way back: a small change at an early step is "
+                "amplified at every later one, and the prediction is likely to fail. A lower or warmed-up "
+                "rate, larger batches or a smoother network help"
+            )
+        return (
+            f"{where} along the run, shrinking on the way back: the training forgets its first steps, so "
+            "examples seen only there count as nothing. In a training that converges this is as it should be"
+        )
 
     def _where(self, t: int) -> str:
         return "the measure" if t == self.steps else f"step {t}"

@@ -65,7 +65,7 @@ def predicted_against_true(result, ax=None, targets: int | None = 1):
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
     low, high = result.interval
     ax.locator_params(nbins=5)
-    title = f"{len(true)} trainings without {result.drop:.0%} of the data"
+    title = f"{len(true)} {result.what}"
     ax.set_title(
         f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs"
     )

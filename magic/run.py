@@ -204,6 +204,10 @@ class Run:
         """16 hex digits of `identity`."""
         return determinism.digest(repr(self.identity()))
 
+    def __getstate__(self) -> dict:
+        # For other processes: what this one's trainings passed through stays here.
+        return self.__dict__ | {"_passed": {}, "_outside": {}}
+
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.initial.params.values())
         return (

@@ -86,7 +86,7 @@ def test_cifar10_through_torchvision(monkeypatch):
         ("sklearn.datasets", data.digits, "notebooks"),
         ("torchvision", data.cifar10, "notebooks"),
         ("seaborn", plot.style, "notebooks"),
-        ("scipy.stats", lambda: magic.counterfactual.spearman(np.eye(3), np.eye(3)), "notebooks"),
+        ("scipy.stats", lambda: magic.judgement.spearman(np.eye(3), np.eye(3)), "notebooks"),
     ],
 )
 def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
@@ -152,9 +152,9 @@ def test_figures():
     assert len(figure.axes) == 9 and [ax.get_title() for ax in figure.axes][:2] == ["0", "1"]
     assert len(plot.images(torch.rand(1, 3, 8, 8), ["one"]).axes) == 1
     true = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    ax = magic.counterfactual.judge(true * 1.1, true, torch.zeros(3), 0.05).plot(targets=2)
+    ax = magic.judgement.judge(true * 1.1, true, torch.zeros(3), 0.05).plot(targets=2)
     assert len(ax.collections[0].get_offsets()) == 40
-    assert "LDS 1.000" in ax.get_title() and "5%" in ax.get_title()
+    assert "LDS 1.000" in ax.get_title() and "5 % of" in ax.get_title()
     plt.close("all")
 
 

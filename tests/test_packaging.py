@@ -19,7 +19,17 @@ TOP = {
     "LICENSE", ".gitignore", ".ci",
 }  # fmt: skip
 # what `import magic` must do without, though it is installed
-LATER = ["torchvision", "pandas", "seaborn", "matplotlib", "sklearn", "safetensors"]
+LATER = [
+    "torchvision",
+    "pandas",
+    "seaborn",
+    "matplotlib",
+    "sklearn",
+    "safetensors",
+    "joblib",
+    "trak",
+    "kronfluence",
+]
 
 
 def pyproject() -> dict:
@@ -30,7 +40,7 @@ def course() -> list[str]:
     """The requirements of the core, the notebooks and the tests."""
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
-    return project["dependencies"] + extras["notebooks"] + extras["test"]
+    return project["dependencies"] + extras["notebooks"] + extras["baselines"] + extras["test"]
 
 
 def pip_section() -> list[str]:

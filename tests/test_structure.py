@@ -16,8 +16,8 @@ PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "determinism", "show", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
     "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
-    "tryout", "planning", "health", "directory", "replay", "attribution", "counterfactual", "smoothness",
-    "baselines",
+    "tryout", "planning", "health", "directory", "replay", "attribution", "subsets", "retraining",
+    "bank", "counterfactual", "judgement", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
@@ -119,7 +119,7 @@ def test_modules_and_functions_stay_small():
         ("schedule", "from .state import State", "schedule.py imports .state"),
         ("schedule", "import torch.nn.functional as F", "schedule.py imports torch"),
         ("store", "from .run import Run", "store.py imports .run"),
-        ("counterfactual", "from .plot import scatter", "counterfactual.py imports .plot (module)"),
+        ("judgement", "from .plot import scatter", "judgement.py imports .plot (module)"),
         ("plot", "from .run import Run", "plot.py imports .run (module)"),
         ("novel", "import torch", "novel.py is in no order"),
         ("__init__", "", "__init__.py has no docstring"),
@@ -138,7 +138,7 @@ def test_a_bad_module_is_found(tmp_path, name, source, word):
     [
         ("replay", "from . import determinism, schedule\nfrom .store import Memory\nimport torch"),
         ("store", "import torch\nfrom .state import State"),
-        ("counterfactual", "def plot():\n    from .plot import scatter"),
+        ("judgement", "def plot():\n    from .plot import scatter"),
         ("plot", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .run import Run"),
     ],
 )

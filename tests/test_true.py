@@ -101,32 +101,3 @@ def test_no_more_states_are_alive_than_planned():
         most[states] = max(alive)
     # besides those kept: s_0 held by the run, the current one, and the cotangent's two
     assert most[2] <= 2 + 4 and most[4] <= 4 + 4 and most[16] > 10
-
-
-def test_lds_of_a_perfect_and_of_a_random_prediction():
-    dice = torch.Generator().manual_seed(0)
-    true = torch.randn(60, 8, generator=dice)
-    judge = magic.counterfactual.judge
-    perfect = judge(true**3, true, true[0], 0.1)
-    assert perfect.mean == 1.0 and perfect.interval == (1.0, 1.0)
-    wrong = judge(torch.randn(60, 8, generator=dice), true, true[0], 0.1)
-    assert abs(wrong.mean) < 0.2 and wrong.interval[0] < 0 < wrong.interval[1]
-    assert judge(-true, true, true[0], 0.1).mean == -1.0
-
-
-def test_spearman_is_scipys():
-    from scipy.stats import spearmanr
-
-    dice = torch.Generator().manual_seed(0)
-    a, b = torch.randint(5, (30, 3), generator=dice).numpy(), torch.randn(30, 3, generator=dice).numpy()
-    ours = magic.counterfactual.spearman(a, b)
-    for k in range(3):
-        assert ours[k] == pytest.approx(spearmanr(a[:, k], b[:, k]).statistic, abs=1e-12)
-
-
-def test_random_subsets():
-    weights = magic.counterfactual.random_subsets(n=200, drop=0.05, subsets=7, seed=1)
-    assert weights.shape == (7, 200)
-    assert ((weights == 0).sum(1) == 10).all() and ((weights == 1).sum(1) == 190).all()
-    assert len({tuple(row.tolist()) for row in weights}) == 7
-    assert torch.equal(weights, magic.counterfactual.random_subsets(200, 0.05, 7, seed=1))

@@ -1,0 +1,67 @@
+"""Which examples to leave out: one row of data weights for each counterfactual training.
+
+All functions return (S, n) float32 weights: 1 = present, 0 = removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .inputs import check_indices
+
+
+def random(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
+    """(subsets, n): each row drops the same fraction of the examples, at random.
+
+    Raises ValueError when the fraction rounds to no example or to all of them.
+    """
+    count = round(drop * n)
+    if not 0 < count < n:
+        raise ValueError(
+            f"drop={drop} of n={n} examples rounds to {count}; a subset drops between 1 and {n - 1}: "
+            f"use a fraction between {0.5 / n:.2g} and {1 - 0.5 / n:.6g}"
+        )
+    if subsets < 1:
+        raise ValueError(f"subsets={subsets}: at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator, device="cpu")[:count] for _ in range(subsets)]
+    return without(n, orders)
+
+
+def single(n: int, examples: Iterable[int]) -> Tensor:
+    """(S, n): each row leaves out one of these examples."""
+    return without(n, [[i] for i in check_indices(examples, n).tolist()])
+
+
+def top(values: Tensor, counts: Iterable[int], helpful: bool = True) -> Tensor:
+    """(S, n): row s leaves out the counts[s] examples with the lowest scores, or with the highest.
+
+    values   (n,), one target's row of scores. Those with the lowest help an output that is a loss.
+    """
+    order = values.argsort(stable=True, descending=not helpful).cpu()
+    counts = list(counts)
+    for count in counts:
+        if not 0 < count < len(order):
+            raise ValueError(f"counts={counts}: each is at least 1 and less than n={len(order)}")
+    return without(len(order), [order[:count] for count in counts])
+
+
+def groups(labels: Tensor) -> dict[int, Tensor]:
+    """Label -> (n,) weights that leave out all examples with this label, such as a class or a source."""
+    labels = torch.as_tensor(labels).cpu()
+    found = labels.unique().tolist()
+    if len(found) < 2:
+        raise ValueError("all examples are in one group; without it there is nothing to train on")
+    return {label: (labels != label).to(torch.float32) for label in found}
+
+
+def without(n: int, removed: Iterable) -> Tensor:
+    """(S, n): row s leaves out the examples in removed[s]."""
+    removed = list(removed)
+    weights = torch.ones(len(removed), n, device="cpu")
+    for row, examples in zip(weights, removed, strict=True):
+        row[check_indices(examples, n)] = 0.0
+    return weights

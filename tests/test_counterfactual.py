@@ -1,0 +1,333 @@
+"""Many retrainings: the subsets, the bank, the workers; killed, shared, and of another run."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import joblib
+import pytest
+import torch
+
+import magic
+from magic import bank, counterfactual, retraining, subsets
+
+from . import cases
+
+ROOT = Path(__file__).parent.parent
+
+
+def small(seed=0, **options):
+    """A run of 16 steps over 40 examples, float64, and its measure of 3 outputs."""
+    torch.manual_seed(seed)
+    model = cases.mlp().double()
+    run = magic.Run(model, cases.sgd()(model), cases.data(), cases.loss, cases.order(), **options)
+    return run, cases.measure_on(*run.data)
+
+
+# --- subsets
+
+
+def test_random():
+    weights = subsets.random(n=200, drop=0.05, subsets=7, seed=1)
+    assert weights.shape == (7, 200)
+    assert ((weights == 0).sum(1) == 10).all() and ((weights == 1).sum(1) == 190).all()
+    assert len({tuple(row.tolist()) for row in weights}) == 7
+    assert torch.equal(weights, subsets.random(200, 0.05, 7, seed=1))
+    assert not torch.equal(weights, subsets.random(200, 0.05, 7, seed=2))
+    for drop, count in ((0.001, 0), (1.0, 200)):
+        with pytest.raises(ValueError, match=f"rounds to {count}; a subset drops between 1 and 199"):
+            subsets.random(200, drop, 3)
+    with pytest.raises(ValueError, match="subsets=0"):
+        subsets.random(200, 0.1, 0)
+
+
+def test_single_top_and_groups():
+    assert [row.tolist() for row in subsets.single(4, [2, 0])] == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    values = torch.tensor([0.5, -2.0, -1.0, 3.0])
+    assert [row.tolist() for row in subsets.top(values, [1, 2])] == [[1, 0, 1, 1], [1, 0, 0, 1]]
+    assert subsets.top(values, [2], helpful=False).tolist() == [[0, 1, 1, 0]]
+    by_class = subsets.groups(torch.tensor([1, 0, 1, 7]))
+    assert {k: w.tolist() for k, w in by_class.items()} == {0: [1, 0, 1, 1], 1: [0, 1, 0, 1], 7: [1, 1, 1, 0]}
+    with pytest.raises(ValueError, match="each is at least 1 and less than n=4"):
+        subsets.top(values, [4])
+    with pytest.raises(ValueError, match="one group"):
+        subsets.groups(torch.zeros(4))
+    with pytest.raises(IndexError, match="example 4"):
+        subsets.single(4, [4])
+
+
+# --- two ways to remove
+
+
+def test_removed_by_weight_or_by_row_agree_under_a_weighted_mean():
+    """Exactly in mathematics, to rounding in float64; not under the fixed denominator."""
+    without = {3, 17, 31}
+    run, _ = small(normalize="weights")
+    by_weight = magic.retrain(run, without, progress=False)
+    by_row = magic.retrain(run, without, progress=False, how="rows")
+    for name in by_row.params:
+        torch.testing.assert_close(by_weight.params[name], by_row.params[name], rtol=1e-12, atol=1e-13)
+    fixed, _ = small(normalize="batch")
+    other = magic.retrain(fixed, without, progress=False)
+    assert torch.equal(
+        magic.retrain(fixed, without, progress=False, how="rows").params["0.weight"],
+        by_row.params["0.weight"],
+    )
+    assert (other.params["0.weight"] - by_row.params["0.weight"]).abs().max() > 1e-4
+
+
+def test_a_row_of_weight_0_still_moves_batch_norm():
+    torch.manual_seed(0)
+    model = cases.batch_norm_mlp().double()
+    run = magic.Run(model, cases.sgd()(model), cases.data(), cases.loss, cases.order(), normalize="weights")
+    by_weight = magic.retrain(run, [3, 17], progress=False)
+    by_row = magic.retrain(run, [3, 17], progress=False, how="rows")
+    difference = (by_weight.params["0.weight"] - by_row.params["0.weight"]).abs().max()
+    assert difference > 1e-3
+
+
+def test_by_row_is_the_plain_loop_without_them():
+    run, _ = small()
+    torch.manual_seed(0)
+    model = cases.mlp().double()
+    optimizer, (x, y) = cases.sgd()(model), run.data
+    with magic.determinism.fix():
+        for indices in cases.order():
+            kept = indices[(indices != 5) & (indices != 20)]
+            optimizer.zero_grad()
+            cases.loss(model, x[kept], y[kept]).mean().backward()
+            optimizer.step()
+    state = magic.retrain(run, [5, 20], progress=False, how="rows")
+    for name, p in model.named_parameters():
+        assert torch.equal(state.params[name], p.detach())
+
+
+def test_a_batch_that_nothing_is_left_of():
+    run, _ = small()
+    first = cases.order()[0].tolist()
+    with pytest.raises(ValueError, match=r'step 0: all examples of its batch are removed; use how="weight"'):
+        magic.retrain(run, first, progress=False, how="rows")
+    assert magic.retrain(run, first, progress=False).step == run.steps
+    with pytest.raises(ValueError, match="how='tea': choose"):
+        magic.retrain(run, [1], progress=False, how="tea")
+
+
+# --- workers
+
+
+def test_workers_give_the_same_bits():
+    run, measure = small()
+    weights = subsets.random(run.n, 0.1, 6)
+    serial = counterfactual.outputs(run, measure, weights, jobs=1, progress=False)
+    assert serial.shape == (6, 3) and len(serial.unique(dim=0)) == 6
+    assert torch.equal(serial[2], retraining.retrained(run, measure, weights[2]))
+    parallel = counterfactual.outputs(run, measure, weights, jobs=2, progress=False)
+    assert torch.equal(serial, parallel)
+
+
+def test_workers_take_the_thread_count():
+    def threads(model):
+        return torch.full((1,), float(torch.get_num_threads())) + 0 * next(model.parameters()).sum()
+
+    run, _ = small()
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found = counterfactual.outputs(
+                run, threads, subsets.single(run.n, [0, 1, 2]), jobs=2, progress=False
+            )
+            assert found.tolist() == [[count]] * 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_backends_and_a_worker_that_fails(tmp_path):
+    run, measure = small()
+    weights = subsets.single(run.n, range(8))
+    with joblib.parallel_config(backend="threading"):
+        threaded = counterfactual.outputs(run, measure, weights, progress=False)
+    assert torch.equal(threaded, counterfactual.outputs(run, measure, weights, jobs=1, progress=False))
+
+    kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
+
+    calls = []
+
+    def failing(model):
+        calls.append(1)
+        if len(calls) > 5:  # one is the bank's, which asks whether the measure is its own
+            raise RuntimeError("the cluster is gone")
+        return measure(model)
+
+    with pytest.raises(RuntimeError, match="the cluster is gone"):
+        counterfactual.outputs(run, failing, weights, bank=kept, jobs=1, progress=False)
+    assert len(kept) == 4
+    assert torch.equal(kept.get(weights[3]), threaded[3])
+    again = counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+    assert torch.equal(again, threaded) and len(kept) == 8
+
+
+def test_a_cluster():
+    """The same call, the same bits, on dask's workers."""
+    distributed = pytest.importorskip("distributed")
+    run, measure = small()
+    weights = subsets.random(run.n, 0.1, 6)
+    serial = counterfactual.outputs(run, measure, weights, jobs=1, progress=False)
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config(backend="dask"),
+    ):
+        assert torch.equal(counterfactual.outputs(run, measure, weights, progress=False), serial)
+
+
+# --- the bank
+
+
+def test_nothing_is_computed_twice(tmp_path, monkeypatch):
+    run, measure = small()
+    weights = subsets.random(run.n, 0.1, 4)
+    path = tmp_path / "bank.sqlite"
+    first = counterfactual.outputs(run, measure, weights, bank=magic.Bank(path, run, measure), progress=False)
+    again, measure = small()
+    opened = magic.Bank(path, again, measure)
+    assert len(opened) == 4
+    monkeypatch.setattr(counterfactual, "retrained", None)
+    assert torch.equal(counterfactual.outputs(again, measure, weights, bank=opened, progress=False), first)
+    known, outputs = opened.rows()
+    assert torch.equal(known, weights) and torch.equal(outputs, first)
+    frame = opened.frame()
+    assert list(frame.columns) == ["bank", "training", "removed", "target", "output"]
+    assert len(frame) == 12 and set(frame["removed"]) == {4}
+    assert frame["output"].tolist() == first.flatten().tolist()
+    assert bank.frame(path).equals(frame), "readable without the run"
+
+
+@pytest.mark.parametrize("what", ["start", "data", "loss", "measure", "normalize", "how", "rate"])
+def test_a_bank_of_another_run_is_not_mixed_in(tmp_path, what):
+    run, measure = small()
+    path, weights = tmp_path / "bank.sqlite", subsets.single(run.n, [1, 2, 3])
+    counterfactual.outputs(run, measure, weights, bank=magic.Bank(path, run, measure), progress=False)
+    other, other_measure = small(seed=1 if what == "start" else 0)
+    how = "weight"
+    x, y = cases.data()
+    model = cases.mlp().double()
+    model.load_state_dict(run.model(run.initial).state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.123)
+    if what == "data":
+        other = magic.Run(model, cases.sgd()(model), (x + 1e-12, y), cases.loss, cases.order())
+    elif what == "loss":
+        other = magic.Run(model, cases.sgd()(model), (x, y), lambda *a: 2 * cases.loss(*a), cases.order())
+    elif what == "measure":
+        other_measure = cases.measure_on(x + 1e-9, y)
+    elif what == "normalize":
+        other, other_measure = small(normalize="weights")
+    elif what == "how":
+        how = "rows"
+    elif what == "rate":
+        other = magic.Run(model, optimizer, (x, y), cases.loss, cases.order())
+    foreign = magic.Bank(path, other, other_measure, how=how)
+    assert len(foreign) == 0 and foreign.get(weights[0]) is None
+    assert len(magic.Bank(path, run, measure)) == 3
+
+
+def test_a_file_that_is_no_bank(tmp_path):
+    run, measure = small()
+    (tmp_path / "text").write_text("this is not a database, however long one looks at it" * 30)
+    with pytest.raises(ValueError, match="text is not a bank"):
+        magic.Bank(tmp_path / "text", run, measure)
+    with pytest.raises(OSError, match="cannot be used as a bank"):
+        magic.Bank(tmp_path / "no" / "folder" / "bank.sqlite", run, measure)
+
+
+def test_a_locked_file(tmp_path, monkeypatch):
+    run, measure = small()
+    kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
+    monkeypatch.setattr(bank, "PATIENCE", 0.1)
+    other = sqlite3.connect(tmp_path / "bank.sqlite")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(TimeoutError, match=r"locked by another program for more than 0.1 s"):
+        kept.put(torch.ones(run.n), torch.ones(3))
+    other.rollback()
+    kept.put(torch.ones(run.n), torch.ones(3))
+    assert len(kept) == 1
+    with pytest.raises(ValueError, match=r"this bank's are \(3,\) and \(40,\)"):
+        kept.put(torch.ones(run.n), torch.ones(2))
+
+
+def test_adopt_what_another_machine_computed(tmp_path):
+    """Another machine's bits differ, its outputs hardly; those of another run differ much."""
+    run, measure = small()
+    path, weights = tmp_path / "bank.sqlite", subsets.random(run.n, 0.1, 5)
+    theirs = magic.Bank(path, run, measure)
+    true = counterfactual.outputs(run, measure, weights, bank=theirs, progress=False)
+    mine = magic.Bank(path, _nudged(), measure)
+    assert len(mine) == 0
+    assert mine.adopt(tolerance=1e-3) == 5 and len(mine) == 5
+    assert torch.equal(mine.get(weights[4]), true[4])
+    stranger, measure = small(seed=1)
+    with pytest.raises(ValueError, match="It is of another run"):
+        magic.Bank(path, stranger, measure).adopt()
+
+
+def _nudged():
+    """`small()` with data that differs in the last bits."""
+    torch.manual_seed(0)
+    model = cases.mlp().double()
+    x, y = cases.data()
+    return magic.Run(model, cases.sgd()(model), (x + 1e-12, y), cases.loss, cases.order())
+
+
+SWEEP = """
+    import sys, magic
+    from magic import subsets, counterfactual
+    from tests.test_counterfactual import small
+    run, measure = small()
+    weights = subsets.random(run.n, 0.1, 100)
+    kept = magic.Bank(sys.argv[1], run, measure)
+    counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+"""
+
+
+def test_killed_at_random_moments(tmp_path):
+    """kill -9 ten times in a sweep of 100: it ends with the same frame; then two at once."""
+    run, measure = small()
+    weights = subsets.random(run.n, 0.1, 100)
+    whole = magic.Bank(tmp_path / "whole.sqlite", run, measure)
+    expected = counterfactual.outputs(run, measure, weights, bank=whole, jobs=1, progress=False)
+    path = tmp_path / "killed.sqlite"
+    kept = magic.Bank(path, run, measure)
+
+    def start():
+        command = [sys.executable, "-c", textwrap.dedent(SWEEP), str(path)]
+        return subprocess.Popen(command, cwd=ROOT)
+
+    dice, sizes = torch.Generator().manual_seed(0), []
+    for _ in range(10):
+        process, before = start(), len(kept)
+        goal = before + int(torch.randint(1, 9, (1,), generator=dice))
+        while len(kept) < goal and process.poll() is None:
+            time.sleep(0.002 + 0.01 * torch.rand(1, generator=dice).item())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        sizes.append(len(kept))
+    assert sizes == sorted(sizes) and sizes[0] > 0 and sizes[-1] < 100, sizes
+    both = [start(), start()]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(kept) == 100
+    again = counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+    assert torch.equal(again, expected)
+    known, outputs = (x[x.new_tensor(_order(kept, weights)).long()] for x in kept.rows())
+    assert torch.equal(known, weights) and torch.equal(outputs, expected)
+    assert os.path.getsize(path) > 0
+
+
+def _order(kept, weights):
+    """Where each row of `weights` is in the bank."""
+    known, _ = kept.rows()
+    return [int((known == row).all(1).nonzero()[0]) for row in weights]
