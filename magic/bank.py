@@ -42,11 +42,12 @@ class Bank:
     """Outputs of one run's retrained models, in the file `path`.
 
     how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain)
+    name  what `adopt` tells runs apart by that differ in their seeds only
 
     Raises ValueError for a file that is no bank, and TimeoutError for one that stays locked.
     """
 
-    def __init__(self, path: str | os.PathLike, run: Run, measure: Callable, *, how: str = "weight"):
+    def __init__(self, path: str | os.PathLike, run: Run, measure: Callable, *, how: str = "weight", name: str = ""):
         self.path, self.run, self.measure, self.how = os.fspath(path), run, measure, how
         self._memory = sqlite3.connect(":memory:") if self.path == ":memory:" else None
         with determinism.fix():
@@ -59,8 +60,9 @@ class Bank:
             "rule": run.rule.__name__,
             "normalize": run.normalize,
             "how": how,
+            "name": name,
         }
-        identity = [run.identity(), first, determinism.fingerprint(start), self.about]
+        identity = [run.identity(), first, determinism.fingerprint(start), how]
         self.key = determinism.digest(repr(identity))
         with self._open() as file:
             file.executescript(TABLES)
@@ -109,7 +111,7 @@ class Bank:
         return frame(self.path, self.key, self._open)
 
     def adopt(self, check: int = 2, tolerance: float = 1e-2) -> int:
-        """Take over rows that another machine computed for a run like this one; returns how many.
+        """Take over rows that another machine computed for this run, by name and sizes; returns how many.
 
         `check` of them, spread over the bank, are trained here. All their outputs must agree to
         `tolerance`, in units of the outputs' standard deviation over the bank; else ValueError.
