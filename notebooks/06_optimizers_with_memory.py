@@ -766,4 +766,4 @@ claim("with any one thing left out, above 30 %", min(wrong) > 0.3 and len(wrong)
 #    vanish as the training settles? <details><summary>Hint</summary>The statistics are a function of the parameters,
 #    and the parameters still depend on the weights, however slowly they move.</details>
 #
-# **Next:** is the prediction true?
+# **Next:** the derivative is exact. [Is the prediction right?](09_is_it_right.ipynb)
