@@ -506,9 +506,10 @@ measured.assign(**{"plain loops": measured["seconds"] / plain, "per target": mea
 
 # %% [markdown]
 # The last column is the price of one exact row of scores, in plain training loops, training included. One row alone
-# costs about four; among sixteen, less than two. For comparison, the arithmetic: a training step is one forward pass
-# and a backward pass of twice its size, three units; the pull through it is twice that, and records first. Together
-# 11 units where a plain loop has 3, so 3.67. (`uv run python -m tests.bench` measures this table more carefully, on three networks.)
+# costs about four; among sixteen, less than two. For comparison, the arithmetic, in forward passes: a training step takes three, one
+# forward and two for the way back. Its adjoint records those three again and pulls through them, another five. Together
+# eleven where a plain loop has three, so 3.67; with a trace that stands for the training's step, three less.
+# (`uv run python -m tests.bench` measures this table more carefully, on three networks.)
 #
 # ## 9 · A folder
 #
