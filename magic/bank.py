@@ -47,7 +47,9 @@ class Bank:
     Raises ValueError for a file that is no bank, and TimeoutError for one that stays locked.
     """
 
-    def __init__(self, path: str | os.PathLike, run: Run, measure: Callable, *, how: str = "weight", name: str = ""):
+    def __init__(
+        self, path: str | os.PathLike, run: Run, measure: Callable, *, how: str = "weight", name: str = ""
+    ):
         self.path, self.run, self.measure, self.how = os.fspath(path), run, measure, how
         self._memory = sqlite3.connect(":memory:") if self.path == ":memory:" else None
         with determinism.fix():
@@ -88,7 +90,7 @@ class Bank:
             row = file.execute(
                 "SELECT outputs FROM outputs WHERE key = ? AND id = ?", (self.key, _id(weights))
             ).fetchone()
-        return None if row is None else torch.from_numpy(np.frombuffer(row[0], "<f8").copy())
+        return None if row is None else _numbers(row[0], "<f8")
 
     def put(self, weights: Tensor, outputs: Tensor) -> None:
         """Keep the (K,) outputs of the model trained with these (n,) weights."""
@@ -108,7 +110,9 @@ class Bank:
 
     def frame(self):
         """A DataFrame with a row for each training and target: how many were removed, and the output."""
-        return frame(self.path, self.key, self._open)
+        with self._open() as file:
+            query = "SELECT key, weights, outputs FROM outputs WHERE key = ? ORDER BY rowid"
+            return _frame(file, query, self.key)
 
     def adopt(self, check: int = 2, tolerance: float = 1e-2) -> int:
         """Take over rows that another machine computed for this run, by name and sizes; returns how many.
@@ -150,7 +154,7 @@ class Bank:
                 "SELECT weights, outputs FROM outputs WHERE key = ? ORDER BY rowid", (key,)
             ).fetchall()
         weights = [_unpack(blob) for blob, _ in rows]
-        outputs = [torch.from_numpy(np.frombuffer(blob, "<f8").copy()) for _, blob in rows]
+        outputs = [_numbers(blob, "<f8") for _, blob in rows]
         if not rows:
             return torch.empty(0, self.run.n), torch.empty(0, self.about["targets"], dtype=torch.float64)
         return torch.stack(weights), torch.stack(outputs)
@@ -165,31 +169,21 @@ class Bank:
             yield file
 
 
-def frame(path: str | os.PathLike, key: str | None = None, opened_by=None):
-    """A bank's DataFrame for someone who has the file only: bank, training, removed, target, output."""
+def frame(path: str | os.PathLike):
+    """The DataFrame of all banks in a file, for someone who has the file only."""
+    with opened(path) as file:
+        return _frame(file, "SELECT key, weights, outputs FROM outputs ORDER BY rowid")
+
+
+def _frame(file: sqlite3.Connection, query: str, *arguments):
     import pandas as pd
 
-    with (opened_by or (lambda: opened(path)))() as file:
-        rows = file.execute(
-            "SELECT key, weights, outputs FROM outputs WHERE ? IS NULL OR key = ? ORDER BY rowid", (key, key)
-        ).fetchall()
-    parts = []
-    for training, (bank, weights, blob) in enumerate(rows):
-        outputs = np.frombuffer(blob, "<f8")
+    rows = []
+    for training, (bank, weights, blob) in enumerate(file.execute(query, arguments)):
         removed = int((_unpack(weights) == 0).sum())
-        parts.append(
-            pd.DataFrame(
-                {
-                    "bank": bank,
-                    "training": training,
-                    "removed": removed,
-                    "target": range(len(outputs)),
-                    "output": outputs,
-                }
-            )
-        )
-    columns = ["bank", "training", "removed", "target", "output"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        for target, output in enumerate(np.frombuffer(blob, "<f8")):
+            rows.append((bank, training, removed, target, output))
+    return pd.DataFrame(rows, columns=["bank", "training", "removed", "target", "output"])
 
 
 @contextlib.contextmanager
@@ -219,4 +213,8 @@ def _pack(weights: Tensor) -> bytes:
 
 
 def _unpack(blob: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(zlib.decompress(blob), "<f4").copy())
+    return _numbers(zlib.decompress(blob), "<f4")
+
+
+def _numbers(blob: bytes, kind: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(blob, kind).copy())

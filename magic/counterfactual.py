@@ -69,13 +69,17 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
 
 def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
     import joblib
+    from joblib.parallel import get_active_backend
 
-    workers = joblib.effective_n_jobs(-1 if jobs is None else jobs)
+    if jobs is None:
+        _, told = get_active_backend()
+        jobs = -1 if told is None else told
+    workers = joblib.effective_n_jobs(jobs)
     size = max(1, len(todo) // (TASKS * workers))
     parts = [todo[i : i + size] for i in range(0, len(todo), size)]
     threads = torch.get_num_threads()
-    parallel = joblib.Parallel(-1 if jobs is None else jobs, return_as="generator_unordered")
-    tasks = (
+    parallel = joblib.Parallel(jobs, return_as="generator_unordered")
+    tasks = (  # rows as arrays: a tensor that is a row would travel with the whole matrix
         joblib.delayed(_some)(run, measure, [(s, weights[s].numpy()) for s in part], how, threads)
         for part in parts
     )

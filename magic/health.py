@@ -17,6 +17,14 @@ from .show import Table
 
 DECADES = 6.0  # powers of ten; float32 carries seven
 SAMPLES = 64  # steps of a run at which the cotangent is measured
+GROWS = (
+    "growing on the way back: a small change at an early step is amplified at every later one, and the "
+    "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother network help"
+)
+SHRINKS = (
+    "shrinking on the way back: the training forgets its first steps, so examples seen only there count as "
+    "nothing. In a training that converges this is as it should be"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,9 +56,7 @@ class Health(Table):
     @property
     def problems(self) -> list[str]:
         """What speaks against these scores, in sentences; empty if nothing does."""
-        found = []
-        if wide := self.wide:
-            found += filter(None, (self._swept(wide, grows) for grows in (True, False)))
+        found = self._swept
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
@@ -63,7 +69,7 @@ class Health(Table):
     def warn(self) -> None:
         """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
         if self.wide:
-            warnings.warn("; ".join(self.problems), stacklevel=4)
+            warnings.warn("; ".join(self._swept), stacklevel=4)
 
     def plot(self, targets: int | Sequence[int] | None = None, ax=None):
         """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
@@ -71,26 +77,20 @@ class Health(Table):
 
         return cotangent_sizes(self, targets, ax)
 
-    def _swept(self, wide: list[int], grows: bool) -> str | None:
-        """What it means that these targets' cotangents grow on the way back, or that they shrink."""
-        first, last = self.sizes[-1][1], self.sizes[0][1]
-        if not (these := [k for k in wide if (first[k] > last[k]) == grows]):
-            return None
-        worst = max(self.decades[k] for k in these)
-        sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
-        where = (
-            f"the derivative of {len(these)} of {len(self.decades)} targets, the first {these[0]}, {sweep}"
-        )
-        if grows:
-            return (
-                f"{where} along the run, growing on the way back: a small change at an early step is "
-                "amplified at every later one, and the prediction is likely to fail. A lower or warmed-up "
-                "rate, larger batches or a smoother network help"
-            )
-        return (
-            f"{where} along the run, shrinking on the way back: the training forgets its first steps, so "
-            "examples seen only there count as nothing. In a training that converges this is as it should be"
-        )
+    @property
+    def _swept(self) -> list[str]:
+        """What it means that cotangents grow by many decades on the way back, or that they shrink."""
+        found = []
+        for grows, meaning in ((True, GROWS), (False, SHRINKS)):
+            these = [k for k in self.wide if (self.sizes[-1][1][k] > self.sizes[0][1][k]) == grows]
+            if these:
+                worst = max(self.decades[k] for k in these)
+                sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
+                found.append(
+                    f"the derivative of {len(these)} of {len(self.decades)} targets, the first {these[0]}, "
+                    f"{sweep} along the run, {meaning}"
+                )
+        return found
 
     def _where(self, t: int) -> str:
         return "the measure" if t == self.steps else f"step {t}"

@@ -8,7 +8,7 @@ prediction can rank well and be wrong in size, so Pearson's correlation, R² and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -41,7 +41,6 @@ class Comparison(Table):
     what: str = "retrainings"
     drop: float | None = None
     seed: int = 0
-    _columns: tuple[np.ndarray, np.ndarray] = field(init=False)
 
     def __post_init__(self):
         if self.predicted.shape != self.true.shape or self.true.dim() != 2:
@@ -52,8 +51,11 @@ class Comparison(Table):
         if len(self.true) < 3:
             raise ValueError(f"{len(self.true)} retrainings: a rank correlation needs at least 3")
         _refuse_constant(self.true, self.predicted)
-        changes = [(x - self.baseline).double().cpu().numpy() for x in (self.predicted, self.true)]
-        self._columns = tuple(changes)
+
+    @cached_property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """Predicted and true changes against the baseline."""
+        return tuple((x - self.baseline).double().cpu().numpy() for x in (self.predicted, self.true))
 
     @cached_property
     def per_target(self) -> np.ndarray:
@@ -187,13 +189,6 @@ def compare(
     rows = torch.cat([everything, weights.to(everything)])
     true = outputs(scores.run, scores.measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed)
-
-
-def judge(predicted: Tensor, true: Tensor, baseline: Tensor, drop: float, seed: int = 0) -> Comparison:
-    """(S, K) predicted against (S, K) true outputs, of models trained without a fraction `drop`."""
-    return Comparison(
-        predicted, true, baseline, f"trainings without {100 * drop:g} % of the data", drop, seed
-    )
 
 
 def _need_run(scores: Attribution) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from . import determinism
-from .inputs import check_indices
+from . import determinism, subsets
 from .replay import measured_outputs
 from .run import Run
 from .state import State
@@ -25,9 +24,8 @@ def retrain(run: Run, without: Iterable[int], progress: bool = True, *, how: str
     how   "weight": their data weights are 0; "rows": they are left out of their batches, whose losses
           are averaged over the rows that stay. Dropout then draws other numbers than in the full batch.
     """
-    weights = run.weights()
-    weights[check_indices(without, run.n).to(weights.device)] = 0.0
-    return _train(run, weights, how, progress)
+    (weights,) = subsets.without(run.n, [without])
+    return _train(run, run.weights(weights), how, progress)
 
 
 def without_rows(run: Run, weights: Tensor) -> Run:
@@ -37,7 +35,6 @@ def without_rows(run: Run, weights: Tensor) -> Run:
     """
     present = weights.cpu() != 0
     smaller = copy.copy(run)
-    smaller._passed = {}
     smaller.batches = [indices[present[indices.cpu()].to(indices.device)] for indices in run.batches]
     for t, indices in enumerate(smaller.batches):
         if len(indices) == 0:

@@ -205,7 +205,7 @@ class Run:
         return determinism.digest(repr(self.identity()))
 
     def __getstate__(self) -> dict:
-        # For other processes: what this one's trainings passed through stays here.
+        # For copies and other processes: what this Run's trainings passed through stays here.
         return self.__dict__ | {"_passed": {}, "_outside": {}}
 
     def __repr__(self) -> str:

@@ -29,6 +29,7 @@ from magic import data, models
 from magic.verify import checksums
 
 from . import peers
+from .cases import loss as classify
 
 
 @dataclass
@@ -49,10 +50,6 @@ class Work:
 
     def run(self) -> magic.Run:
         return magic.Run(self.model, self.optimizer(self.model), self.data, self.loss, self.order)
-
-
-def classify(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
 
 
 def next_token(model, tokens):

@@ -147,11 +147,28 @@ def test_workers_take_the_thread_count():
         torch.set_num_threads(before)
 
 
+def test_as_many_processes_as_joblib_is_told(monkeypatch):
+    run, measure = small()
+    weights, parallel, asked = subsets.single(run.n, range(4)), joblib.Parallel, []
+
+    def recorded(n_jobs, **options):
+        asked.append(n_jobs)
+        return parallel(1, **options)
+
+    monkeypatch.setattr(joblib, "Parallel", recorded)
+    monkeypatch.setattr(counterfactual, "WORTH", 0.0)
+    found = counterfactual.outputs(run, measure, weights, progress=False)
+    with joblib.parallel_config(n_jobs=3):
+        assert torch.equal(counterfactual.outputs(run, measure, weights, progress=False), found)
+    assert asked == [-1, 3] and len(found.unique(dim=0)) == 4
+
+
 def test_other_backends_and_a_worker_that_fails(tmp_path):
     run, measure = small()
     weights = subsets.single(run.n, range(8))
     with joblib.parallel_config(backend="threading"):
         threaded = counterfactual.outputs(run, measure, weights, progress=False)
+    assert len(threaded.unique(dim=0)) == 8
     assert torch.equal(threaded, counterfactual.outputs(run, measure, weights, jobs=1, progress=False))
 
     kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
@@ -178,6 +195,7 @@ def test_a_cluster():
     run, measure = small()
     weights = subsets.random(run.n, 0.1, 6)
     serial = counterfactual.outputs(run, measure, weights, jobs=1, progress=False)
+    assert len(serial.unique(dim=0)) == 6
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster),
@@ -194,6 +212,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     weights = subsets.random(run.n, 0.1, 4)
     path = tmp_path / "bank.sqlite"
     first = counterfactual.outputs(run, measure, weights, bank=magic.Bank(path, run, measure), progress=False)
+    assert len(first.unique(dim=0)) == 4
     again, measure = small()
     opened = magic.Bank(path, again, measure)
     assert len(opened) == 4
@@ -300,6 +319,7 @@ def test_killed_at_random_moments(tmp_path):
     weights = subsets.random(run.n, 0.1, 100)
     whole = magic.Bank(tmp_path / "whole.sqlite", run, measure)
     expected = counterfactual.outputs(run, measure, weights, bank=whole, jobs=1, progress=False)
+    assert len(expected.unique(dim=0)) == 100
     path = tmp_path / "killed.sqlite"
     kept = magic.Bank(path, run, measure)
 

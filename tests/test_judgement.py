@@ -34,11 +34,11 @@ def test_r2_is_scikit_learns():
 
 def test_perfect_random_and_reversed():
     true = noise(60, 8)
-    perfect = judgement.judge(true**3, true, true[0], 0.1)
+    perfect = judgement.Comparison(true**3, true, true[0])
     assert perfect.mean == pytest.approx(1) and perfect.interval == pytest.approx((1.0, 1.0))
-    wrong = judgement.judge(noise(60, 8, seed=1), true, true[0], 0.1)
+    wrong = judgement.Comparison(noise(60, 8, seed=1), true, true[0])
     assert abs(wrong.mean) < 0.2 and wrong.interval[0] < 0 < wrong.interval[1]
-    assert judgement.judge(-true, true, true[0], 0.1).mean == pytest.approx(-1)
+    assert judgement.Comparison(-true, true, true[0]).mean == pytest.approx(-1)
 
 
 def test_ranks_well_and_is_wrong_in_size():
@@ -63,7 +63,9 @@ def test_the_interval_covers():
 
 
 def test_shown(capsys):
-    result = judgement.judge(noise(10, 2), noise(10, 2, seed=1), torch.zeros(2), 0.05)
+    result = judgement.Comparison(
+        noise(10, 2), noise(10, 2, seed=1), torch.zeros(2), "trainings without 5 % of the data"
+    )
     text = repr(result)
     assert text.startswith("Predicted against true: 10 trainings without 5 % of the data, 2 targets")
     assert all(word in text for word in ("Spearman (LDS)", "Pearson", "R²", "slope")) and text.count("[") == 4
@@ -76,13 +78,13 @@ def test_shown(capsys):
 def test_degenerate():
     true = noise(5, 2)
     with pytest.raises(ValueError, match="true output of target 1 is the same"):
-        judgement.judge(true, torch.stack([true[:, 0], torch.ones(5)], 1), true[0], 0.1)
+        judgement.Comparison(true, torch.stack([true[:, 0], torch.ones(5)], 1), true[0])
     with pytest.raises(ValueError, match="predicted output of target 0 is the same"):
-        judgement.judge(torch.zeros(5, 2), true, true[0], 0.1)
+        judgement.Comparison(torch.zeros(5, 2), true, true[0])
     with pytest.raises(ValueError, match="2 retrainings: a rank correlation needs at least 3"):
-        judgement.judge(true[:2], true[:2], true[0], 0.1)
+        judgement.Comparison(true[:2], true[:2], true[0])
     with pytest.raises(ValueError, match=r"both are \(S, K\)"):
-        judgement.judge(true, true[:, :1], true[0], 0.1)
+        judgement.Comparison(true, true[:, :1], true[0])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,12 @@ def scores():
 
 def test_lds_leave_one_out_and_top(scores):
     result = magic.lds(scores, drop=0.05, subsets=12, progress=False)
-    assert result.drop == 0.05 and result.predicted.shape == (12, 3) and result.mean > 0.9
+    assert (
+        "12 trainings without 5 % of the data" in repr(result)
+        and result.drop == 0.05
+        and result.predicted.shape == (12, 3)
+        and result.mean > 0.9
+    )
     single = magic.leave_one_out(scores, examples=30, progress=False)
     assert single.true.shape == (30, 3) and single.mean > 0.97 and abs(single.slope[0] - 1) < 0.05
     assert "30 trainings without one example" in repr(single)

@@ -152,7 +152,9 @@ def test_figures():
     assert len(figure.axes) == 9 and [ax.get_title() for ax in figure.axes][:2] == ["0", "1"]
     assert len(plot.images(torch.rand(1, 3, 8, 8), ["one"]).axes) == 1
     true = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    ax = magic.judgement.judge(true * 1.1, true, torch.zeros(3), 0.05).plot(targets=2)
+    ax = magic.Comparison(true * 1.1, true, torch.zeros(3), "trainings without 5 % of the data").plot(
+        targets=2
+    )
     assert len(ax.collections[0].get_offsets()) == 40
     assert "LDS 1.000" in ax.get_title() and "5 % of" in ax.get_title()
     plt.close("all")

@@ -230,6 +230,5 @@ def test_a_plan_with_a_disk_needs_one(tmp_path):
     with pytest.raises(ValueError, match="the plan keeps states on disk: pass disk="):
         magic.attribute(run, measure, plan=plan, progress=False)
     scores = magic.attribute(run, measure, plan=plan, disk=tmp_path, progress=False)
-    assert torch.equal(
-        scores.values, magic.attribute(run, measure, plan=magic.plan(run, 3, states=4), progress=False).values
-    )
+    in_memory = magic.attribute(run, measure, plan=magic.plan(run, 3, states=4), progress=False)
+    assert scores.values.abs().max() > 0 and torch.equal(scores.values, in_memory.values)
