@@ -29,7 +29,9 @@ from .store import Disk
 from .verify import Passed
 
 # the modules that bits depend on
-NUMERICS = ("determinism", "state", "optim", "optim_adjoint", "run", "equivalents", "adjoint", "replay")
+NUMERICS = (
+    "determinism", "state", "optim", "optim_adjoint", "run", "normalisation", "equivalents", "adjoint", "replay"
+)  # fmt: skip
 EVERY = 10.0  # seconds between notes at least; and 50 times what a note takes
 
 
