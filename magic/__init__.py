@@ -6,10 +6,11 @@ scores.removal_effect([42])                     # predicted change of each measu
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 """
 
-from . import baselines, determinism, schedule, subsets
+from . import baselines, best_linear, determinism, schedule, smoothness, subsets, where
 from .adjoint import NotDifferentiable
 from .attribution import Attribution, attribute
 from .bank import Bank
+from .best_linear import Optimality, optimality
 from .determinism import NotDeterministic, fingerprint
 from .health import Health
 from .judgement import Comparison, compare, lds, leave_one_out
@@ -17,6 +18,7 @@ from .planning import Plan, plan
 from .replay import train
 from .retraining import retrain
 from .run import NonFinite, Run, batches
+from .second_order import Curvature, curvature
 from .state import State
 from .verify import ReplayMismatch
 
@@ -24,10 +26,12 @@ __all__ = [
     "Attribution",
     "Bank",
     "Comparison",
+    "Curvature",
     "Health",
     "NonFinite",
     "NotDeterministic",
     "NotDifferentiable",
+    "Optimality",
     "Plan",
     "ReplayMismatch",
     "Run",
@@ -35,14 +39,19 @@ __all__ = [
     "attribute",
     "baselines",
     "batches",
+    "best_linear",
     "compare",
+    "curvature",
     "determinism",
     "fingerprint",
     "lds",
     "leave_one_out",
+    "optimality",
     "plan",
     "retrain",
     "schedule",
+    "smoothness",
     "subsets",
     "train",
+    "where",
 ]

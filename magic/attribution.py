@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,18 +23,22 @@ from .health import Health
 from .inputs import check_indices
 from .planning import Plan
 from .planning import plan as settle
-from .replay import metagradient, try_measure
+from .replay import Replay, measured_outputs, metagradient, try_measure
 from .run import Run
 from .show import Table
+from .where import Where
+from .where import settle as settle_where
 
 
 @dataclass(eq=False, repr=False)
 class Attribution(Table):
     """Scores of n training examples for K measured outputs, and what they predict.
 
-    values   (K, n): ∂φ_k/∂w_i. Negative: more of example i makes output k smaller
-    outputs  (K,): φ at the point where the derivative was taken
-    at       (n,): that point, data weights
+    values   (K, n): ∂φ_k/∂w_i, or its mean over several points. Negative: more of example i makes
+             output k smaller
+    outputs  (K,): φ at `at`; of a mean over subsets, the mean of φ
+    at       (n,): the data weights that predictions start from
+    where    the same in words
     run, measure   what was attributed; None after `load` unless given there
     plan     what the replay kept and repeated
     health   how far the scores can be trusted
@@ -48,6 +53,7 @@ class Attribution(Table):
     plan: Plan | None = None
     health: Health | None = None
     run_fingerprint: str | None = None
+    where: str | None = None
 
     def __post_init__(self):
         if self.run is not None:
@@ -62,10 +68,18 @@ class Attribution(Table):
     def removal_effect(self, without: Iterable[int]) -> Tensor:
         """(K,): predicted change of each measured output when these training examples are removed.
 
+        That is predict(without them) − predict(with all), wherever the derivative was taken: −Σ τ.
         Raises IndexError for an index out of range and ValueError for one given twice.
         """
         indices = check_indices(without, self.values.shape[1])
         return -self.values[:, indices.to(self.values.device)].sum(dim=1)
+
+    def effect(self, weights: Tensor) -> Tensor:
+        """(K,), or (S, K) for weights (S, n): predicted change against w = 1, predict(weights) − predict(1).
+
+        Doubling example i is weight 2 there; adding one that was trained on with weight 0 is weight 1.
+        """
+        return self.predict(weights) - self.predict(torch.ones_like(self.at))
 
     def predict(self, weights: Tensor) -> Tensor:
         """(K,), or (S, K) for weights (S, n): predicted outputs at these data weights, to first order."""
@@ -82,7 +96,7 @@ class Attribution(Table):
             raise ValueError(
                 f"values must be {tuple(self.values.shape)}, (K, n); they are {tuple(values.shape)}"
             )
-        return Attribution(values, self.outputs, self.at, self.run, self.measure)
+        return Attribution(values, self.outputs, self.at, self.run, self.measure, where=self.where)
 
     def top(self, target: int = 0, k: int = 5):
         """The k most helpful and the k most harmful examples for one output, read as a loss.
@@ -113,7 +127,7 @@ class Attribution(Table):
     def save(self, path: str | os.PathLike) -> None:
         """Write the numbers (not run and measure) as a NumPy .npz without pickle, whole or not at all."""
         path = os.fspath(path)
-        meta = {"format": 1, "run": self.run_fingerprint}
+        meta = {"format": 1, "run": self.run_fingerprint, "where": self.where}
         arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
         with open(path + ".part", "wb") as file:
             np.savez(
@@ -139,16 +153,15 @@ class Attribution(Table):
                 f"{os.fspath(path)} holds scores of run {meta['run']}; this run is {run.fingerprint()}. "
                 "Load without run=, or attribute this one"
             )
-        return cls(values, outputs, at, run, measure, run_fingerprint=meta["run"])
+        return cls(values, outputs, at, run, measure, run_fingerprint=meta["run"], where=meta.get("where"))
 
     def rows(self) -> list[tuple[str, str]]:
         k, n = self.values.shape
         low, high = self.values.min().item(), self.values.max().item()
-        at = f"{self.at[0].item():g}" if (self.at == self.at[0]).all() else "a vector"
         rows = [
             ("measured outputs K", f"{k:,}"),
             ("training examples n", f"{n:,}"),
-            ("derivative taken at w =", at),
+            ("derivative taken at", self.where or "not said"),
             ("scores from … to", f"{low:.3g} … {high:.3g}"),
         ]
         if self.plan is not None:
@@ -161,9 +174,10 @@ class Attribution(Table):
 def attribute(
     run: Run,
     measure: Callable,
-    at: Tensor | float | None = None,
+    at: Tensor | float | str | Where | None = None,
     progress: bool = True,
     *,
+    drop: float | None = None,
     memory: float | str = "1GB",
     disk: str | os.PathLike | None = None,
     plan: Plan | None = None,
@@ -172,7 +186,9 @@ def attribute(
 
     measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
              eval mode. All K are differentiated together, as many in one replay as `memory` allows
-    at       where to differentiate: None for w = 1, a number for all examples, or an (n,) tensor
+    at       where to differentiate: None for w = 1, a number for all examples, an (n,) tensor, or
+             "full", "centre", "path", "average" of `magic.where`, the last three for sets of a share
+             `drop`. For large sets "centre" predicts far better, at the same cost
     progress prints what the replay will keep and repeat before it starts, and shows a bar
     memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device
     disk     a folder: for states that do not fit, and so that a replay that was killed goes on to the
@@ -182,13 +198,31 @@ def attribute(
     Raises NotDifferentiable, NonFinite or ReplayMismatch when one of its checks finds the derivative
     wrong, and warns when a check could not be made or the scores are not to be trusted (`.health`).
     """
-    weights = run.weights(at)
+    where = settle_where(run, at, drop)
     targets, measuring = try_measure(run, measure)
     planned = (
         plan.of(targets, run.steps) if plan else settle(run, targets, memory, disk=disk, measuring=measuring)
     )
+    many = len(where.points) > 1
     if progress:
-        print(planned)
-    replay = metagradient(run, measure, weights, planned, progress, disk)
-    replay.health.warn()
-    return Attribution(replay.values, replay.outputs, weights, run, measure, planned, health=replay.health)
+        print(f"{len(where.points)} times: {planned}" if many else planned)
+    folders = [disk and Path(disk, f"point {i}") if many else disk for i in range(len(where.points))]
+    found = [
+        metagradient(run, measure, weights, planned, progress, folder)
+        for weights, folder in zip(where.points, folders, strict=True)
+    ]
+    worst = max((replay.health for replay in found), key=lambda health: len(health.problems))
+    worst.warn()
+    at, outputs = _start(run, measure, where, found)
+    values = sum(share * replay.values for share, replay in zip(where.shares, found, strict=True))
+    return Attribution(values, outputs, at, run, measure, planned, worst, where=where.label)
+
+
+def _start(run: Run, measure: Callable, where: Where, found: list[Replay]) -> tuple[Tensor, Tensor]:
+    """The weights (n,) that predictions start from, and the outputs (K,) there."""
+    if where.from_full:
+        return run.weights(), measured_outputs(run, run.train(progress=False), measure)
+    if len(found) == 1:
+        return where.points[0], found[0].outputs
+    at = sum(share * weights for share, weights in zip(where.shares, where.points, strict=True))
+    return at, sum(share * replay.outputs for share, replay in zip(where.shares, found, strict=True))

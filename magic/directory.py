@@ -30,7 +30,8 @@ from .verify import Passed
 
 # the modules that bits depend on
 NUMERICS = (
-    "determinism", "state", "optim", "optim_adjoint", "run", "normalisation", "equivalents", "adjoint", "replay"
+    "determinism", "state", "optim", "optim_adjoint", "run", "normalisation", "equivalents", "adjoint",
+    "replay",
 )  # fmt: skip
 EVERY = 10.0  # seconds between notes at least; and 50 times what a note takes
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .show import Table
 
 DECADES = 6.0  # powers of ten; float32 carries seven
+SMALL = 0.05  # a share of the data that a tangent should at least be good for
 SAMPLES = 64  # steps of a run at which the cotangent is measured
 GROWS = (
     "growing on the way back: a small change at an early step is amplified at every later one, and the "
@@ -33,6 +34,8 @@ class Health(Table):
 
     sizes      (t, K norms of ∂φ/∂params_t), last step first
     verified   how many recomputed states were compared with training's
+    trusted    the largest share of the data whose random removal the tangent is expected to rank, as
+               `magic.curvature` found it; None if it was not asked
     witnessed  step -> relative difference between the derivative of the step and a finite difference of
                it; None where none was steady. The measure's is under the key T
     """
@@ -41,6 +44,7 @@ class Health(Table):
     sizes: tuple[tuple[int, tuple[float, ...]], ...]
     verified: int
     witnessed: dict[int, float | None]
+    trusted: float | None = None
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -60,6 +64,11 @@ class Health(Table):
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
+        if self.trusted is not None and self.trusted < SMALL:
+            found.append(
+                f"the derivative turns so fast that it is expected to rank removals of {self.trusted:.1%} of "
+                'the data at most; take it at the centre (at="centre", drop=...) or train more smoothly'
+            )
         return found
 
     @property
@@ -113,5 +122,6 @@ class Health(Table):
                 f"{len(known)} with finite differences"
                 + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
             ),
+            *([] if self.trusted is None else [("trusted for removals of", f"up to {self.trusted:.1%}")]),
             ("problems", "; ".join(self.problems) or "none seen"),
         ]

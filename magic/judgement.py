@@ -31,6 +31,7 @@ class Comparison(Table):
     predicted, true  (S, K)
     baseline         (K,): outputs with nothing removed
     what             the retrainings, in words
+    weights          (S, n) they were trained with, if known
     per_target       (K,): Spearman correlation of each target's column, `mean` their mean
     interval         95 % of 1,000 bootstrap resamples, over subsets and targets
     """
@@ -41,6 +42,7 @@ class Comparison(Table):
     what: str = "retrainings"
     drop: float | None = None
     seed: int = 0
+    weights: Tensor | None = None
 
     def __post_init__(self):
         if self.predicted.shape != self.true.shape or self.true.dim() != 2:
@@ -168,7 +170,7 @@ def leave_one_out(
     if isinstance(examples, int):
         if not 3 <= examples <= n:
             raise ValueError(f"examples={examples}: between 3 and n={n}")
-        examples = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")[:examples]
+        examples = choose.permutations(n, 1, seed)[0][:examples]
     compared = compare(scores, choose.single(n, examples), seed=seed, **options)
     compared.what = "trainings without one example"
     return compared
@@ -188,7 +190,7 @@ def compare(
     everything = torch.ones(1, scores.run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
     true = outputs(scores.run, scores.measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
-    return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed)
+    return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 
 def _need_run(scores: Attribution) -> None:

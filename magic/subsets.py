@@ -12,6 +12,16 @@ from torch import Tensor
 
 from .inputs import check_indices
 
+# Added to a seed. PyTorch's randperm with the seed of `magic.batches` would give the order of the batches,
+# so that row s of `random` were the first examples of epoch s: no random set at all.
+OWN = 0x6D61676963
+
+
+def permutations(n: int, count: int, seed: int = 0) -> list[Tensor]:
+    """`count` random orders of n examples, independent of the orders of `magic.batches` with any seed."""
+    generator = torch.Generator().manual_seed(OWN + seed)
+    return [torch.randperm(n, generator=generator, device="cpu") for _ in range(count)]
+
 
 def random(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
     """(subsets, n): each row drops the same fraction of the examples, at random.
@@ -26,9 +36,7 @@ def random(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
         )
     if subsets < 1:
         raise ValueError(f"subsets={subsets}: at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(n, generator=generator, device="cpu")[:count] for _ in range(subsets)]
-    return without(n, orders)
+    return without(n, [order[:count] for order in permutations(n, subsets, seed)])
 
 
 def single(n: int, examples: Iterable[int]) -> Tensor:

@@ -136,3 +136,13 @@ def test_a_bank_for_another_measure(scores, tmp_path):
     bank = magic.Bank(tmp_path / "bank.sqlite", scores.run, other)
     with pytest.raises(ValueError, match="the bank is of another run or measure"):
         magic.lds(scores, drop=0.05, subsets=5, bank=bank, progress=False)
+
+
+def test_subsets_are_not_the_order_of_the_batches():
+    """randperm with the same seed is the same order: a set would be the first examples of an epoch."""
+    n, size = 1200, 60
+    for seed in range(3):
+        epochs = magic.batches(n, n, 8, seed)
+        for row, epoch in zip(subsets.random(n, size / n, 8, seed), epochs, strict=True):
+            first = (row[epoch[:size]] == 0).sum().item()
+            assert first < 15, f"{first} of {size} removed examples are the first of the epoch; 3 are expected"

@@ -88,8 +88,11 @@ class Bound(nn.Module):
         return f(self.model, *args)
 
 
-def unroll(model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch"):
-    """(K, n): the metagradient, by autograd through every step at once."""
+def unroll(
+    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", along=None
+):
+    """(K, n): the metagradient, by autograd through every step at once; with `along`, (n,), its derivative
+    in that direction, by autograd through that."""
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     group_of = {k: groups[id(p)] for k, p in model.named_parameters() if p.requires_grad}
     bound = Bound(differentiable(model))
@@ -115,4 +118,8 @@ def unroll(model, optimizer, scheduler, data, loss, batches, measure, weights, s
             scheduler.step()
     bound.eval()
     outputs = functional_call(bound, {**params, **buffers}, (measure,))
-    return torch.stack([torch.autograd.grad(y, weights, retain_graph=True)[0] for y in outputs])
+    twice = along is not None
+    found = [torch.autograd.grad(y, weights, retain_graph=True, create_graph=twice)[0] for y in outputs]
+    if twice:
+        found = [torch.autograd.grad(g @ along, weights, retain_graph=True)[0] for g in found]
+    return torch.stack(found)
