@@ -34,8 +34,8 @@ class Health(Table):
 
     sizes      (t, K norms of ∂φ/∂params_t), last step first
     verified   how many recomputed states were compared with training's
-    trusted    the largest share of the data whose random removal the tangent is expected to rank, as
-               `magic.curvature` found it; None if it was not asked
+    trusted    the share of the data beyond which the tangent's turning spoils its ranking of random removals,
+               as `magic.curvature` found it; None if it was not asked
     witnessed  step -> relative difference between the derivative of the step and a finite difference of
                it; None where none was steady. The measure's is under the key T
     """
@@ -66,7 +66,7 @@ class Health(Table):
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
         if self.trusted is not None and self.trusted < SMALL:
             found.append(
-                f"the derivative turns so fast that it is expected to rank removals of {self.trusted:.1%} of "
+                f"the derivative turns so fast that it can rank removals of {self.trusted:.1%} of "
                 'the data at most; take it at the centre (at="centre", drop=...) or train more smoothly'
             )
         return found
@@ -122,6 +122,10 @@ class Health(Table):
                 f"{len(known)} with finite differences"
                 + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
             ),
-            *([] if self.trusted is None else [("trusted for removals of", f"up to {self.trusted:.1%}")]),
+            *(
+                []
+                if self.trusted is None
+                else [("not to be trusted for removals", f"beyond {self.trusted:.1%}")]
+            ),
             ("problems", "; ".join(self.problems) or "none seen"),
         ]

@@ -4,8 +4,8 @@
 
 by central differences of exact metagradients, whose error is O(ε²), or with `order=4` (Richardson 1911)
 O(ε⁴). Along d = −1, all examples leaving together, it tells what a random drop of a share p meets: the
-scores there are about τ + p·H d. So the tangent at w = 1 is expected to rank as the two correlate, and to
-be off by ½ p² dᵀH d on average. That is known before anything is retrained.
+scores there are about τ + p·H d. So the tangent at w = 1 can rank as well as the two correlate, and is
+off by ½ p² dᵀH d on average. That is known before anything is retrained.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ class Curvature(Table):
         return self.scores.outputs + distance * self.slope + 0.5 * distance**2 * self.second
 
     def correlation(self, drop: float) -> Tensor:
-        """(K,): expected correlation of the tangent's prediction with the truth over random sets with a
-        share `drop` removed, to this order: that of the scores here with those at the sets' centre."""
+        """(K,): of the scores here with those at the centre of random sets with a share `drop` removed, to
+        this order. The tangent's prediction correlates with the truth by about as much at most: what is
+        curved among the sets comes on top.
+        """
         here = self.scores.values.double()
         there = here + drop * self.values.double()
         here, there = (x - x.mean(1, keepdim=True) for x in (here, there))
         return (here * there).sum(1) / (here.norm(dim=1) * there.norm(dim=1))
 
     def trusted(self, correlation: float = TRUSTED) -> float:
-        """The largest share, up to one half, whose random removal the tangent is expected to rank with this
-        correlation, in the mean over targets and all smaller shares."""
+        """The largest share, up to one half, below which the tangent's turning allows this correlation, in
+        the mean over targets. Beyond it no ranking is to be expected; before it, none is promised."""
         shares = np.linspace(0, 0.5, 101)
         good = [self.correlation(share).mean().item() >= correlation for share in shares]
         return float(shares[good.index(False) - 1]) if False in good else 0.5
@@ -72,7 +74,7 @@ class Curvature(Table):
         return [
             ("targets, examples", f"{K:,}, {n:,}"),
             (
-                "expected correlation",
+                "correlation, at most",
                 ", ".join(f"{self.correlation(p).mean():.3f} at {p:.0%}" for p in shown),
             ),
             (f"at least {TRUSTED:g}", f"up to {self.trusted():.1%} removed"),
@@ -89,10 +91,10 @@ def curvature(
 ) -> Curvature:
     """H d from `order` metagradients, 2 or 4, along `direction`, (n,); by default −1, all weights down.
 
-    Puts into `scores.health` up to which share the tangent is expected to rank random removals; health
-    then has a problem to report if that is less than 5 %. `step` is the ε of the differences. In float64
-    they agree with autograd through the whole run to about 1e-8 (Adam, whose derivative has kinks as
-    narrow as its eps) or 1e-9; in float32 to about a hundredth. Of order 4, they warn when they are unsteady.
+    Puts into `scores.health` beyond which share the turning alone spoils the ranking; health has a problem
+    to report if that is less than 5 %. `step` is the ε of the differences. In float64 they agree with
+    autograd through the whole run to 1e-6 (Adam, whose derivative has kinks as narrow as its eps) or 1e-8;
+    in float32 to about a hundredth. Of order 4, they warn when they are unsteady.
 
     Raises ValueError for scores that are means over several points, or without a run.
     """

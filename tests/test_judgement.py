@@ -145,4 +145,6 @@ def test_subsets_are_not_the_order_of_the_batches():
         epochs = magic.batches(n, n, 8, seed)
         for row, epoch in zip(subsets.random(n, size / n, 8, seed), epochs, strict=True):
             first = (row[epoch[:size]] == 0).sum().item()
-            assert first < 15, f"{first} of {size} removed examples are the first of the epoch; 3 are expected"
+            assert first < 15, (
+                f"{first} of {size} removed examples are the first of the epoch; 3 are expected"
+            )

@@ -76,7 +76,7 @@ def test_health_is_told():
     assert scores.health.trusted == bent.trusted() > 0
     assert bent.correlation(0.0) == pytest.approx([1.0] * 3)
     assert (bent.correlation(0.01) > bent.correlation(0.3)).all()
-    assert "expected correlation" in repr(bent) and "trusted for removals" in repr(scores.health)
+    assert "correlation, at most" in repr(bent) and "trusted for removals" in repr(scores.health)
     turning = dataclasses.replace(bent, values=1e3 * bent.values)
     assert turning.trusted() == 0.0
     health = dataclasses.replace(scores.health, trusted=0.0)
