@@ -99,7 +99,7 @@ print(base)
 # %% [markdown]
 # ## 2 · What we are up against
 #
-# Take one random percent of the images, eight of them, and turn their weight down from 1 to 0, slowly, in forty trainings. Here is the loss of a test image as a
+# Take one random percent of the images, eight of them, and turn their weight down from 1 to 0, slowly, in twenty-one trainings. Here is the loss of a test image as a
 # function of that weight: for our recipe, and for the same with ReLU and maximum pooling. The line is the tangent at 1, all that a derivative knows.
 
 # %%
@@ -141,7 +141,7 @@ def roughness(curve):
 claim("the kinked training is at least ten times as rough", roughness(paths["ReLU, maximum pooling"]) > 10 * roughness(paths["GELU, average pooling"]))
 
 # %% [markdown]
-# Both tangents are right, to ten digits, *at* 1. The right-hand one is right on a piece of curve that ends before we see it: at some weight a ReLU turns off or
+# Both tangents are right, to rounding, *at* 1. The right-hand one is right on a piece of curve that ends before we see it: at some weight a ReLU turns off or
 # another pixel becomes the maximum, the network takes another turn at step 40, and the loss is elsewhere. A derivative knows nothing of jumps.
 #
 # ## 3 · Metasmoothness
