@@ -38,7 +38,11 @@ def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor,
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
-    """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize."""
+    """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize.
+
+    `eps_root` is added to v̂ under the root, as in optax (Engstrom et al. 2025 use it for smoothness).
+    torch.optim has no such option and ignores it in a parameter group: with it, the loop is another.
+    """
     lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
     if hyper["maximize"]:
         grad = -grad
@@ -60,6 +64,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor
     if hyper["amsgrad"]:
         v = new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], v)
     t = step.item()
+    if hyper.get("eps_root"):
+        v = v + hyper["eps_root"] * (1 - beta2**t)
     denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
     return param.addcdiv(m, denominator, value=-(lr / (1 - beta1**t))), new
 
@@ -115,7 +121,9 @@ def _check_options(group: dict) -> None:
     for option, reason in REFUSED.items():
         if group.get(option):
             raise ValueError(reason)
-    for option in ("lr", "weight_decay", "betas", "eps", "momentum", "dampening"):
+    if group.get("eps_root") and (group["eps_root"] < 0 or "betas" not in group):
+        raise ValueError(f"eps_root={group['eps_root']}: a positive number, and of Adam or AdamW")
+    for option in ("lr", "weight_decay", "betas", "eps", "eps_root", "momentum", "dampening"):
         values = group.get(option, 0.0)
         if any(isinstance(v, Tensor) for v in (values if isinstance(values, tuple) else (values,))):
             raise ValueError(f"{option} is a tensor; pass a Python float")

@@ -47,7 +47,8 @@ def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | N
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
-    """The adjoint of optim.adam: m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², p' = p − α m'/(√v'/c + ε).
+    """The adjoint of optim.adam: m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², p' = p − α m'/(√v'/c + ε);
+    with eps_root ρ, √(v' + ρc²)/c in place of √v'/c.
 
     d√v/dv is infinite at v = 0, where no gradient has been (an embedding row that no batch touched) or
     its square underflows. There m' is proportional to g, so the update m'/(c|g| + ε) has at g = 0 the
@@ -64,6 +65,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | 
     t, m, v = after["step"].item(), after["exp_avg"], after["exp_avg_sq"]
     most = after["max_exp_avg_sq"] if hyper["amsgrad"] else v
     alpha, c = hyper["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
+    if hyper.get("eps_root"):
+        most = most + hyper["eps_root"] * c**2
     root = most.sqrt()
     denominator = (root / c).add_(hyper["eps"])
     by_m = -alpha / denominator

@@ -84,7 +84,8 @@ class Run:
 
     model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
                changed. It trains in the mode (train or eval) each of its modules is in now.
-    optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped
+    optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped. A parameter group
+               of Adam may have "eps_root", added under the root, which torch.optim does not know
     data       a tuple of tensors with the n examples first, or a map-style Dataset
     loss       loss(model, *batch) -> (B,), one number per example
     batches    a (T, B) index tensor, or a sequence of T index tensors

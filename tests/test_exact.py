@@ -155,3 +155,38 @@ def test_the_witness_catches_pytorchs_own_mistakes(monkeypatch):
     run, *_ = cases.build("weightnorm")
     with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
         magic.attribute(run, cases.measure_on(*run.data), progress=False)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_eps_root(amsgrad):
+    """Under the root; by finite differences and a full unroll, and smoother than without."""
+
+    def built(eps_root):
+        torch.manual_seed(0)
+        model = cases.mlp().double()
+        group = {"params": list(model.parameters()), "eps_root": eps_root}
+        optimizer = torch.optim.AdamW([group], lr=1e-2, amsgrad=amsgrad)
+        return magic.Run(model, optimizer, cases.data(), cases.loss, cases.order()), model, optimizer
+
+    run, model, optimizer = built(1e-4)
+    measure = cases.measure_on(*run.data)
+    scores = magic.attribute(run, measure, progress=False)
+    assert error_against_finite_differences(run, measure, scores) <= 1e-8
+    truth = unroll(
+        model, optimizer, None, run.data, cases.loss, cases.order(), measure, run.weights(), run.seed
+    )
+    assert ((scores.values - truth).norm() / truth.norm()) <= 1e-10
+    plain = built(0.0)[0]
+    assert plain.train(progress=False).fingerprint() != run.train(progress=False).fingerprint()
+    way = magic.smoothness.directions(run.n, 0.2, 1)[0]
+    assert magic.smoothness.metasmoothness(run, way) > magic.smoothness.metasmoothness(plain, way)
+
+
+def test_eps_root_is_adams():
+    model = cases.mlp().double()
+    for optimizer in (
+        torch.optim.SGD([{"params": model.parameters(), "eps_root": 1e-4}], lr=0.1),
+        torch.optim.Adam([{"params": model.parameters(), "eps_root": -1.0}]),
+    ):
+        with pytest.raises(ValueError, match="eps_root="):
+            magic.Run(model, optimizer, cases.data(), cases.loss, cases.order())

@@ -73,10 +73,11 @@ def adam(p, g, m, h):
     t, first, second, top = m or (0, 0.0 * g, 0.0 * g, None)
     t, first, second = t + 1, b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
     top = second if top is None or not h["amsgrad"] else torch.max(top, second)
+    top_before, top = top, top + h.get("eps_root", 0.0) * (1 - b2**t)
     # The root of an exact zero has no finite slope; where the gradient is 0, so is its first moment.
     root = torch.where(top > 0, torch.where(top > 0, top, 1.0) ** 0.5, 0.0)
     step = h["lr"] * (first / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + h["eps"])
-    return p - step, (t, first, second, top)
+    return p - step, (t, first, second, top_before)
 
 
 class Bound(nn.Module):
