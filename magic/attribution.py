@@ -26,7 +26,7 @@ from .planning import plan as settle
 from .replay import Replay, measured_outputs, metagradient, try_measure
 from .run import Run
 from .show import Table
-from .where import Where
+from .where import Where, describe
 from .where import settle as settle_where
 
 
@@ -38,7 +38,8 @@ class Attribution(Table):
              output k smaller
     outputs  (K,): φ at `at`; of a mean over subsets, the mean of φ
     at       (n,): the data weights that predictions start from
-    where    the same in words
+    where    where the derivative was taken, in words
+    tangent  whether it was taken at `at` itself, and is no mean over points
     run, measure   what was attributed; None after `load` unless given there
     plan     what the replay kept and repeated
     health   how far the scores can be trusted
@@ -54,6 +55,7 @@ class Attribution(Table):
     health: Health | None = None
     run_fingerprint: str | None = None
     where: str | None = None
+    tangent: bool = True
 
     def __post_init__(self):
         if self.run is not None:
@@ -88,6 +90,12 @@ class Attribution(Table):
             raise ValueError(f"weights have shape {tuple(weights.shape)}; they must be ({n},) or (S, {n})")
         moved = weights - self.at.to(self.values)
         return self.outputs + moved @ self.values.T
+
+    def cosine(self, other: Attribution) -> Tensor:
+        """(K,): cosine of these scores with other ones, the mean of each taken off: how their predictions
+        correlate over random sets of one size."""
+        a, b = (x.values.double() - x.values.double().mean(1, keepdim=True) for x in (self, other))
+        return torch.cosine_similarity(a, b)
 
     def like(self, values: Tensor) -> Attribution:
         """Other scores, (K, n), for the same run and outputs, such as those of another method."""
@@ -161,7 +169,7 @@ class Attribution(Table):
         rows = [
             ("measured outputs K", f"{k:,}"),
             ("training examples n", f"{n:,}"),
-            ("derivative taken at", self.where or "not said"),
+            ("derivative taken at", self.where or describe(self.at)),
             ("scores from … to", f"{low:.3g} … {high:.3g}"),
         ]
         if self.plan is not None:
@@ -215,7 +223,9 @@ def attribute(
     worst.warn()
     at, outputs = _start(run, measure, where, found)
     values = sum(share * replay.values for share, replay in zip(where.shares, found, strict=True))
-    return Attribution(values, outputs, at, run, measure, planned, worst, where=where.label)
+    return Attribution(
+        values, outputs, at, run, measure, planned, worst, where=where.label, tangent=where.tangent
+    )
 
 
 def _start(run: Run, measure: Callable, where: Where, found: list[Replay]) -> tuple[Tensor, Tensor]:

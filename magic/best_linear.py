@@ -23,7 +23,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from .judgement import Comparison, pearson, spearman
+from .judgement import Comparison, pearson, r2, spearman
 from .show import Table
 
 QUANTILE = 1.96
@@ -149,9 +149,8 @@ def ridge(result: Comparison, sizes: Iterable[int] = (), *, prior: bool = True, 
         if not 2 * folds <= size <= len(true):
             raise ValueError(f"sizes: {size} is not between {2 * folds} and {len(true)}")
         fitted = start[:size] + _held_out(weights[:size], (true - start)[:size], folds)
-        spread = ((true[:size] - true[:size].mean(0)) ** 2).sum(0)
-        r2 = 1 - ((true[:size] - fitted) ** 2).sum(0) / spread
-        rows.append((size, float(spearman(fitted, true[:size]).mean()), float(r2.mean())))
+        scored = (float(score(fitted, true[:size]).mean()) for score in (spearman, r2))
+        rows.append((size, *scored))
     return pd.DataFrame(rows, columns=["size", "LDS", "R2"])
 
 

@@ -56,10 +56,7 @@ class Curvature(Table):
         this order. The tangent's prediction correlates with the truth by about as much at most: what is
         curved among the sets comes on top.
         """
-        here = self.scores.values.double()
-        there = here + drop * self.values.double()
-        here, there = (x - x.mean(1, keepdim=True) for x in (here, there))
-        return (here * there).sum(1) / (here.norm(dim=1) * there.norm(dim=1))
+        return self.scores.cosine(self.scores.like(self.scores.values + drop * self.values))
 
     def trusted(self, correlation: float = TRUSTED) -> float:
         """The largest share, up to one half, below which the tangent's turning allows this correlation, in
@@ -101,7 +98,7 @@ def curvature(
     run, measure = scores.run, scores.measure
     if run is None or measure is None or scores.plan is None:
         raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
-    if scores.where and scores.where.startswith("the mean"):
+    if not scores.tangent:
         raise ValueError(f"the curvature belongs to one point; these scores are {scores.where}")
     if order not in (2, 4):
         raise ValueError(f"order={order}: 2 or 4")

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import subsets
 from .attribution import attribute
 from .run import NonFinite, Run
+from .state import State
 
 
 def directions(n: int, drop: float, count: int, seed: int = 0) -> Tensor:
@@ -27,18 +28,21 @@ def directions(n: int, drop: float, count: int, seed: int = 0) -> Tensor:
     return subsets.random(n, drop, count, seed) - 1
 
 
-def metasmoothness(run: Run, direction: Tensor, length: float = 0.5) -> float:
+def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: State | None = None) -> float:
     """Ŝ of the trained parameters along `direction`, (n,), in two steps of `length`: at most 1, 1 is smooth.
 
-    Buffers and optimizer state are left out, as in the paper.
+    `start` is the run trained at w = 1, if that is known, which saves a training. Buffers and optimizer
+    state are left out, as in the paper.
     """
     direction = torch.as_tensor(direction).to(run.weights())
     if direction.shape != (run.n,) or not direction.any():
         raise ValueError(f"direction must be ({run.n},) and not 0; it is {tuple(direction.shape)}")
     if not length > 0:
         raise ValueError(f"length={length}: a positive step along the direction")
-    ends = [_trained(run, 1 + k * length * direction) for k in (0, 1, 2)]
-    first, second = ends[1] - ends[0], ends[2] - ends[1]
+    start = start or run.train(progress=False)
+    ends = [start, *(run.train(1 + k * length * direction, progress=False) for k in (1, 2))]
+    theta = [torch.cat([p.flatten() for p in end.params.values()]).double() for end in ends]
+    first, second = theta[1] - theta[0], theta[2] - theta[1]
     moved = first.abs().sum()
     if moved == 0:
         raise ValueError("the trained parameters do not change along this direction: take a longer one")
@@ -52,8 +56,7 @@ def similarity(run: Run, measure: Callable, direction: Tensor, length: float = 1
     """
     direction = torch.as_tensor(direction).to(run.weights())
     ends = [attribute(run, measure, 1 + k * length * direction, False, **options) for k in (0, 1)]
-    here, there = (scores.values.double() for scores in ends)
-    return torch.cosine_similarity(here - here.mean(1, keepdim=True), there - there.mean(1, keepdim=True))
+    return ends[0].cosine(ends[1])
 
 
 def survey(
@@ -80,18 +83,16 @@ def survey(
     for name, run in dict(runs).items():
         ways = directions(run.n, drop, count, seed)
         try:
-            found = [metasmoothness(run, way) for way in ways]
-            model = run.model(run.train(progress=False)).eval()
+            trained = run.train(progress=False)
+            found = [metasmoothness(run, way, start=trained) for way in ways]
             with torch.no_grad():
-                rows[name] = {"accuracy": float(accuracy(model)), "metasmoothness": float(np.mean(found))}
+                rows[name] = {
+                    "accuracy": float(accuracy(run.model(trained).eval())),
+                    "metasmoothness": float(np.mean(found)),
+                }
             rows[name] |= {"low": min(found), "high": max(found)}
             if measure is not None:
                 rows[name]["cosine"] = similarity(run, measure, ways[0]).mean().item()
         except NonFinite:
             rows[name] = {"accuracy": float("nan"), "metasmoothness": float("nan")}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _trained(run: Run, weights: Tensor) -> Tensor:
-    state = run.train(weights, progress=False)
-    return torch.cat([p.flatten() for p in state.params.values()]).double()

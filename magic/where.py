@@ -24,7 +24,6 @@ from . import subsets as choose
 from .run import Run
 
 NAMES = ("full", "centre", "path", "average")
-POINTS = {"full": 1, "centre": 1, "path": 3, "average": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +38,16 @@ class Where:
     label: str
     from_full: bool = False
 
+    @property
+    def tangent(self) -> bool:
+        """Whether the derivative is that at the very point that predictions start from."""
+        return len(self.points) == 1 and not self.from_full
+
+
+def describe(weights: Tensor) -> str:
+    """These weights, (n,), in words."""
+    return f"w = {weights[0].item():g}" if (weights == weights[0]).all() else "w, a vector"
+
 
 def settle(run: Run, at: Tensor | float | str | Where | None, drop: float | None = None) -> Where:
     """What `attribute(at=, drop=)` means.
@@ -51,8 +60,7 @@ def settle(run: Run, at: Tensor | float | str | Where | None, drop: float | None
         if drop is not None:
             raise ValueError(f'drop={drop} belongs to at="centre", "path" or "average"')
         weights = run.weights(at)
-        same = bool((weights == weights[0]).all())
-        return Where(weights[None], (1.0,), f"w = {weights[0].item():g}" if same else "w, a vector")
+        return Where(weights[None], (1.0,), describe(weights))
     if at not in NAMES:
         raise ValueError(f"at={at!r}: give weights, or one of {', '.join(map(repr, NAMES))}")
     if at == "full":
@@ -65,10 +73,10 @@ def settle(run: Run, at: Tensor | float | str | Where | None, drop: float | None
 def centre(run: Run, drop: float) -> Where:
     """w = 1 − drop for every example: the mean of random sets with a share `drop` of them removed."""
     weights = run.weights(1 - _share(drop))
-    return Where(weights[None], (1.0,), f"w = {1 - drop:g}, the centre of a {drop:.3g} drop")
+    return Where(weights[None], (1.0,), f"{describe(weights)}, the centre of a {drop:.3g} drop")
 
 
-def path(run: Run, drop: float, points: int = POINTS["path"]) -> Where:
+def path(run: Run, drop: float, points: int = 3) -> Where:
     """The straight way from w = 1 to 1 − drop, by `points` Gauss–Legendre nodes."""
     if points < 1:
         raise ValueError(f"points={points}: at least one")
@@ -78,7 +86,7 @@ def path(run: Run, drop: float, points: int = POINTS["path"]) -> Where:
     return Where(torch.stack(weights), tuple((shares / 2).tolist()), label, from_full=True)
 
 
-def average(run: Run, drop: float, subsets: int = POINTS["average"], seed: int = 1) -> Where:
+def average(run: Run, drop: float, subsets: int = 8, seed: int = 1) -> Where:
     """`subsets` random sets with a share `drop` removed. The default seed is not that of `magic.lds`, which
     would judge the prediction by sets that it was made from."""
     removed = choose.random(run.n, _share(drop), subsets, seed)

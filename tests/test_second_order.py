@@ -93,6 +93,7 @@ def test_refusals():
         magic.curvature(scores, order=3)
     with pytest.raises(ValueError, match="run, measure and plan"):
         magic.curvature(scores.like(scores.values))
-    mean = magic.attribute(scores.run, scores.measure, "path", False, drop=0.2)
-    with pytest.raises(ValueError, match="one point"):
-        magic.curvature(mean)
+    for where in (magic.where.path(scores.run, 0.2, 1), magic.where.average(scores.run, 0.2, 2)):
+        mean = magic.attribute(scores.run, scores.measure, where, False)
+        with pytest.raises(ValueError, match="one point"):
+            magic.curvature(mean)

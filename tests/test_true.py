@@ -111,10 +111,7 @@ def test_large_removals_at_their_centre(digits, device):
     model = models.MLP((64, 128, 10)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     order = magic.batches(len(x), size=100, epochs=12, seed=1)
-    steps = len(order)
-    triangle = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / (0.25 * steps), (steps - t) / (0.75 * steps))
-    )
+    triangle = models.triangle(optimizer, len(order))
     run = magic.Run(model, optimizer, (x, y), cases.loss, order, triangle)
     measure = of_test_images(x_test, y_test)
     full = magic.attribute(run, measure, progress=False)

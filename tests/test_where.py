@@ -51,6 +51,7 @@ def test_average_is_the_mean(sgd):
     chosen = where.average(run, 0.2, subsets=3, seed=5)
     mean = attribute(sgd, chosen)
     alone = [attribute(sgd, weights) for weights in chosen.points]
+    assert not torch.allclose(alone[0].values, alone[1].values)
     assert torch.allclose(mean.values, torch.stack([a.values for a in alone]).mean(0))
     assert torch.allclose(mean.outputs, torch.stack([a.outputs for a in alone]).mean(0))
     assert torch.allclose(mean.at.mean(), torch.tensor(0.8).double())
@@ -63,6 +64,7 @@ def test_removal_is_the_difference_of_two_predictions(sgd):
     without[[3, 7]] = 0.0
     for options in ({"at": "centre", "drop": 0.2}, {"at": "path", "drop": 0.2}):
         scores = attribute(sgd, **options)
+        assert scores.removal_effect([3, 7]).abs().min() > 1e-6
         expected = scores.predict(without) - scores.predict(run.weights())
         assert torch.allclose(scores.removal_effect([3, 7]), expected)
     assert torch.allclose(scores.effect(2 * run.weights()), scores.values.sum(1))
@@ -85,6 +87,7 @@ def test_where_is_saved(sgd, tmp_path):
 
 def test_a_mean_goes_on_in_its_folder(sgd, tmp_path, monkeypatch):
     whole = attribute(sgd, "path", drop=0.2)
+    assert whole.values.abs().max() > 0
     found = magic.attribution.metagradient
 
     def killed(*arguments):
