@@ -95,17 +95,12 @@ optimizer = torch.optim.SGD(model.parameters(), lr=rate)
 batches = magic.batches(len(x), size=size, epochs=epochs, seed=0)
 
 
-def triangle(t):
-    """The share of the rate at step t: up to 1 for a quarter of the run, then down to 0."""
-    return min((t + 1) / (0.25 * len(batches)), (len(batches) - t) / (0.75 * len(batches)))
-
-
 def loss(model, x, y):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle)
-run = magic.Run(model, optimizer, (x, y), loss, batches, scheduler=scheduler)
+triangle = models.triangle(optimizer, len(batches))  # up for a quarter of the run, then down to 0
+run = magic.Run(model, optimizer, (x, y), loss, batches, scheduler=triangle)
 final = run.train(progress=False)
 
 # %%

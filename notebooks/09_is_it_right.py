@@ -346,9 +346,7 @@ torch.manual_seed(0)
 net = models.ConvNet(width=16, size=x2.shape[-1], norm="batch").to(device)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
 batches = magic.batches(len(x2), size=100, epochs=12, seed=0)
-total = len(batches)
-triangle = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (0.25 * total), (total - t) / (0.75 * total)))
-deep = magic.Run(net, optimizer, (x2, y2), loss, batches, scheduler=triangle)
+deep = magic.Run(net, optimizer, (x2, y2), loss, batches, scheduler=models.triangle(optimizer, len(batches)))
 
 
 def deep_measure(model):

@@ -309,14 +309,7 @@ pd.DataFrame({f"{at}, 50 %, normalize='weights'": dict(result.rows()) for at, re
 # %%
 bent = magic.curvature(full["ours"], order=2, progress=False)
 forecast = [bent.correlation(drop).mean().item() for drop in drops]
-
-
-def cosine(a, b):
-    a, b = (scores.values - scores.values.mean(1, keepdim=True) for scores in (a, b))
-    return torch.cosine_similarity(a, b).mean().item()
-
-
-turned = [cosine(full["ours"], taken[drop, "centre"]) for drop in drops]
+turned = [full["ours"].cosine(taken[drop, "centre"]).mean().item() for drop in drops]
 came_out = [results[drop, "full"].pearson[0] for drop in drops]
 claim("the forecast falls with the drop, as the truth does", forecast[0] > forecast[1] > forecast[2] and came_out[0] > came_out[1] > came_out[2])
 claim("it is an upper bound at each size", all(f > c for f, c in zip(forecast, came_out, strict=True)))
@@ -452,9 +445,7 @@ torch.manual_seed(0)
 net = models.ConvNet(width=16, size=x2.shape[-1], norm="batch").to(device)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 batches = magic.batches(len(x2), size=100, epochs=12, seed=0)
-T = len(batches)
-triangle = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (0.25 * T), (T - t) / (0.75 * T)))
-deep = magic.Run(net, optimizer, (x2, y2), loss, batches, scheduler=triangle)
+deep = magic.Run(net, optimizer, (x2, y2), loss, batches, scheduler=models.triangle(optimizer, len(batches)))
 
 
 def deep_measure(model):
