@@ -212,7 +212,7 @@ class _Sweeps:
         """Now and then, the norm of each target's cotangent."""
         every = -(-self.run.steps // health.SAMPLES)
         if t % every == 0:
-            squares = sum(c.flatten(1).square().sum(1) for c in self.cotangent.params.values())
+            squares = sum(c.reshape(len(c), -1).square().sum(1) for c in self.cotangent.params.values())
             self.sizes.setdefault(t, []).extend(squares.sqrt().tolist())
 
 

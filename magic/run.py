@@ -14,7 +14,6 @@ on CUDA with the optimizer's `foreach=False`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -157,7 +156,7 @@ class Run:
         """A fresh module holding this state's values, in eval mode, usable like any other."""
         if state.params.keys() != self.initial.params.keys():
             raise ValueError("this state is of another run: its parameters have other names")
-        model = copy.deepcopy(self._model)
+        model = inputs.clean_copy(self._model)
         values = {**state.params, **state.buffers}
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -222,10 +221,9 @@ class Run:
         """The examples of step t, on the model's device."""
         indices = self.batches[t]
         if isinstance(self.data, tuple):
-            return tuple(x[indices.to(x.device)].to(self.device) for x in self.data)
-        items = torch.utils.data.default_collate([self.data[i] for i in indices.tolist()])
-        items = items if isinstance(items, (tuple, list)) else (items,)
-        return tuple(x.to(self.device) for x in items)
+            return inputs.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
+        batch = inputs.collated(self.data, indices.tolist())
+        return tuple(inputs.each(lambda x: x.to(self.device), part) for part in batch)
 
     def gradient(
         self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
@@ -236,8 +234,7 @@ class Run:
         of what a step minimises. The backward pass runs while the tensors are in the model, since
         activation checkpointing calls the model again there.
         """
-        if torch.is_autocast_enabled(self.device.type):
-            raise TypeError("autocast is on: the derivative of a run in low precision is invalid")
+        inputs.check_mode(self.device)
         determinism.seed_step(self.seed, t)
         batch = self.batch(t)
 
@@ -245,6 +242,7 @@ class Run:
             with differentiable() if create_graph else contextlib.nullcontext() as replace:
                 losses = self.loss(model, *batch)
             inputs.check_losses(losses, len(weight), t)
+            inputs.check_leaves(params, t)
             w = weight.to(losses.dtype)
             total = (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
             leaves = list(params.values())
@@ -268,13 +266,17 @@ class Run:
         """
         determinism.seed_step(self.seed, self.steps)
         shared = {id(x): x for x in (*self._model.parameters(), *self._model.buffers())}
-        model = copy.deepcopy(self._model, shared).eval()
+        model = inputs.clean_copy(self._model, shared).eval()
         out, _ = self.apply(measure, params, buffers, call=_Call(model))
         if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
                 f"measure returned {shape}; it must return K >= 1 numbers as a (K,) tensor "
                 '(reduction="none"; for a single number, .reshape(1))'
+            )
+        if out.is_complex():
+            raise TypeError(
+                f"measure returned {out.dtype}; measure real numbers (torch.view_as_real(z).reshape(-1))"
             )
         if name := inputs.uses(out, dict(self._outside)):
             raise ValueError(
@@ -329,7 +331,8 @@ class Run:
 
     def _kept(self, name: str, before: Tensor, after: Tensor) -> Tensor:
         """The buffer after a step: the same tensor as long as training has never changed it."""
-        return before if before is self.initial.buffers[name] and torch.equal(before, after) else after
+        same = before is self.initial.buffers[name] and torch.equal(before, after)
+        return before if same else inputs.check_moved(name, after)
 
     def passed(self, weights: Tensor) -> Passed:
         """What training with these weights passed through, as far as it is known."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import determinism
 from .adjoint import NotDifferentiable, own_functions, pull, refusing
+from .inputs import clean_copy, each
 from .run import Run
 from .state import State
 
@@ -78,9 +79,9 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
     """
     t = state.step
     shadow = copy.copy(run)
-    shadow._adopt(copy.deepcopy(run._model).double())
-    shadow.data = tuple(_double(x[:examples]) for x in run.batch(t))
-    shadow.batches = [torch.arange(len(shadow.data[0]))]
+    shadow._adopt(clean_copy(run._model).double())
+    shadow.data = each(lambda x: _double(x[:examples]), run.batch(t))
+    shadow.batches = [torch.arange(min(examples, len(run.batches[t])))]
     buffers = {name: _double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": _double(p) for name, p in state.params.items()}
     point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
