@@ -109,10 +109,12 @@ def _fix(settings: Settings) -> None:
         torch.set_deterministic_debug_mode,
         2,
     )
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn, matmul, cpu = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
     settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)
     settings._set("cudnn.benchmark", *_attribute(cudnn, "benchmark"), False)
-    for name, owner in (("cuda.matmul", matmul), ("cudnn.conv", cudnn.conv), ("cudnn.rnn", cudnn.rnn)):
+    # torch.set_float32_matmul_precision("medium") sets these, too: on the CPU those of oneDNN.
+    gpu = {"cuda.matmul": matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
+    for name, owner in {**gpu, **{f"mkldnn.{k}": getattr(cpu, k) for k in ("matmul", "conv", "rnn")}}.items():
         settings._set(f"{name}.fp32_precision", *_attribute(owner, "fp32_precision"), "ieee")
 
 
@@ -162,11 +164,19 @@ def fingerprint(thing) -> str:
     if isinstance(thing, Tensor):
         thing = {"": thing}
     elif isinstance(thing, nn.Module):
-        thing = thing.state_dict()
+        thing = _values(thing.state_dict())
     elif hasattr(thing, "flatten"):
         thing = thing.flatten()
     parts = "".join(f"{name}={digest};" for name, digest in fingerprints(thing).items())
     return digest(parts)
+
+
+def _values(state: dict) -> dict[str, Tensor]:
+    """The tensors of a state_dict; of other extra state (get_extra_state) the text, as bytes."""
+    return {
+        name: x if isinstance(x, Tensor) else torch.tensor(list(repr(x).encode()), dtype=torch.uint8)
+        for name, x in state.items()
+    }
 
 
 def digest(text: str) -> str:

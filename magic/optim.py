@@ -10,11 +10,15 @@ Source: torch/optim/sgd.py and adam.py; Kingma & Ba 2015; Loshchilov & Hutter 20
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import memory
 
 Slots = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, Slots]]
@@ -87,7 +91,7 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
     others are constants of the run, as they are in a plain loop. Raises TypeError or ValueError,
     naming the option, for what cannot be honoured bit for bit.
     """
-    rule = RULES.get(type(optimizer))
+    rule = _rule(type(optimizer))
     if rule is None:
         raise TypeError(
             f"{type(optimizer).__name__} is not known to magic, which differentiates "
@@ -100,6 +104,16 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
         )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError("the optimizer has step hooks, which magic does not run; remove them")
+    if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        raise ValueError(
+            "hooks for every optimizer are registered (register_optimizer_step_pre_hook or _post_hook), "
+            "which magic does not run; remove them"
+        )
+    own = vars(optimizer).get("step")  # a scheduler wraps it, to count
+    if own is not None and inspect.unwrap(own) is not inspect.unwrap(type(optimizer).step):
+        raise ValueError(
+            "optimizer.step was replaced on the object, and magic does not run that; make a new optimizer"
+        )
     names = {id(p): name for name, p in model.named_parameters()}
     group_of: dict[str, int] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -110,11 +124,25 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
                     f"group {index} of the optimizer holds a tensor of shape {tuple(p.shape)} that is "
                     "not a parameter of the model; build the optimizer from model.parameters()"
                 )
-            if p.requires_grad:
+            if p.requires_grad and p.numel():  # one without entries has nothing to train
                 group_of[names[id(p)]] = index
     if not group_of:
         raise ValueError("the optimizer holds no parameter of the model that requires a gradient")
     return rule, group_of
+
+
+def _rule(kind: type) -> Rule | None:
+    """The rule of an optimizer's class, or of one that is derived from it and adds nothing."""
+    for base in kind.__mro__:
+        if base in RULES:
+            return RULES[base]
+        own = {name for name in vars(base) if not (name.startswith("__") and name.endswith("__"))}
+        # PyTorch itself puts a profiled `step` into the class of the first optimizer that is made.
+        if inspect.unwrap(base.step) is inspect.unwrap(super(base, base).step):
+            own.discard("step")
+        if own or "__init__" in vars(base) or "__setattr__" in vars(base):
+            return None
+    return None
 
 
 def _check_options(group: dict) -> None:
@@ -145,6 +173,17 @@ def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> list[list
         raise TypeError("scheduler is a list; join them with torch.optim.lr_scheduler.ChainedScheduler")
     if getattr(scheduler, "optimizer", None) is not optimizer:
         raise ValueError("the scheduler belongs to another optimizer; build it over this one")
+    _check_scheduler(scheduler, optimizer)
+    values = _rehearse(scheduler, optimizer, steps)
+    if values != _rehearse(scheduler, optimizer, steps):
+        raise ValueError(
+            "the scheduler gave other rates when it was rehearsed again: it reads a counter, random numbers "
+            "or a clock; make its rates a function of the step alone"
+        )
+    return values
+
+
+def _rehearse(scheduler, optimizer: torch.optim.Optimizer, steps: int) -> list[list[dict]]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rehearsal = copy.deepcopy(scheduler, {id(p): p for p in parameters})
     values = []
@@ -160,6 +199,20 @@ def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> list[list
                         f"the scheduler ends after {t + 1} steps and the run has {steps}: {error}"
                     ) from error
     return values
+
+
+def _check_scheduler(scheduler, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for a rate that is computed from the parameters, as far as a lambda shows it."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for one in [scheduler, *getattr(scheduler, "_schedulers", [])]:
+        for function in getattr(one, "lr_lambdas", []):
+            for name, value in memory.captured(function):
+                tensors = value.parameters() if isinstance(value, nn.Module) else [value]
+                if any(id(x) in trained for x in tensors):
+                    raise ValueError(
+                        f"the scheduler's function holds {name!r}, parameters that are trained: a rate that "
+                        "depends on them has a derivative, which magic does not take"
+                    )
 
 
 def _read_groups(optimizer: torch.optim.Optimizer) -> list[dict]:

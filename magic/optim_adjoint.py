@@ -95,6 +95,17 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | 
     return pull
 
 
+def underflowing(grad: Tensor, after: Slots) -> int:
+    """Entries of a gradient that are not 0 while Adam's v, after this update, is: their square underflowed.
+
+    There the update still depends on the gradient, through ε and m alone, and what is taken for the
+    derivative by v, 0, is not the one of exact arithmetic. In float32 it begins near 1e-22.
+    """
+    if "exp_avg_sq" not in after:
+        return 0
+    return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
+
+
 def _before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
     """Through g = ±grad + weight_decay · param."""
     if hyper["weight_decay"] != 0:

@@ -7,11 +7,13 @@ here, by name.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import determinism
+from . import determinism, memory
 from .inputs import uses
 from .state import State
 
@@ -19,16 +21,23 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the functions that return low-precision tensors."""
+    """Notes the functions that return low-precision tensors, and those that use tensors from outside."""
 
-    def __init__(self):
+    def __init__(self, outside: dict[int, str]):
         super().__init__()
         self.low: dict[str, torch.dtype] = {}
+        self.outside, self.used = outside, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
         if isinstance(out, Tensor) and out.dtype in LOW_PRECISION:
-            self.low[getattr(func, "__name__", str(func))] = out.dtype
+            self.low[name] = out.dtype
+        if self.used is None and (isinstance(out, (Tensor, tuple, list)) or name in ("item", "tolist")):
+            for x in (*args, *kwargs.values()):
+                for part in x if isinstance(x, (tuple, list)) else (x,):
+                    self.used = self.used or self.outside.get(id(part))
         return out
 
 
@@ -38,54 +47,81 @@ def first_step(run, model: nn.Module) -> None:
     Raises ValueError, TypeError or NotDeterministic, naming what makes the run not a function.
     """
     start, weights = run.initial, run.weights()
-    before, frozen, attributes = (
-        start.fingerprint(),
-        determinism.fingerprint(run._model),
-        _attributes(run._model),
-    )
-    with determinism.fix(), determinism.refusing():
-        with torch.enable_grad(), _Watch() as watch:
+    before, frozen, modes = start.fingerprint(), determinism.fingerprint(run._model), _modes(run._model)
+    attributes = memory.attributes(run._model)
+    outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    with determinism.fix(), determinism.refusing(), _recomputing():
+        with torch.enable_grad(), _Watch(outside) as watch:
             leaves = {name: p.detach().requires_grad_() for name, p in start.params.items()}
             weight = weights[run.batches[0].to(weights.device)]
-            total = run.gradient(leaves, start.buffers, weight, 0).total
+            gradient = run.gradient(leaves, start.buffers, weight, 0)
         if watch.low:
             name, dtype = next(iter(watch.low.items()))
             raise TypeError(
                 f"step 0: {name} returns {dtype}, from autocast or a cast in the model: the derivative of "
                 "such a run is invalid. Leave it in float32"
             )
-        if name := uses(total, dict(model.named_parameters())):
+        if name := watch.used or uses(gradient.total, dict(model.named_parameters())):
             raise ValueError(
                 f"step 0: the losses use {name!r} of the model outside, which does not train; loss must "
-                "use the model it is given"
+                "use the model it is given, and a teacher must be a copy (copy.deepcopy)"
             )
-        for (owner, name), value in _attributes(run._model).items():
-            if attributes.get((owner, name), value) != value:
-                raise determinism.NotDeterministic(
-                    f"attribute {name!r} of module {owner!r} changes with each forward pass, and a step must "
-                    "not remember the ones before it; keep it in a registered buffer"
-                )
-        first, second = run.step(start, weights), run.step(start, weights)
+        _check_modes(modes, _modes(run._model))
+        remembered = memory.attributes(run._model) | memory.held(run.loss)
+        for name, value in remembered.items():
+            if isinstance(value, (int, float, complex, str)) and attributes.get(name, value) != value:
+                raise _remembers(name)
+        # The first try began with what the modules kept when the run was made; the next two did not.
+        first = run.moved_on(start, weight, gradient)
+        second, third = run.step(start, weights), run.step(start, weights)
+        for name, value in (memory.attributes(run._model) | memory.held(run.loss)).items():
+            if remembered.get(name, value) != value:
+                raise _remembers(name)
     if start.fingerprint() != before or determinism.fingerprint(run._model) != frozen:
         raise ValueError(
             "the model changes its parameters or buffers in place, behind autograd's back, during the "
             "forward pass; return the new value, or do it in the optimizer"
         )
-    if (name := _first_difference(first, second)) is not None:
+    if name := _first_difference(first, second) or _first_difference(second, third):
         raise determinism.NotDeterministic(
             f"the same step gave two values of {name!r}: it uses random numbers that are not torch's "
             "(numpy's, Python's, the clock), which cannot be replayed, or remembers earlier calls"
         )
 
 
-def _attributes(model: nn.Module) -> dict[tuple[str, str], object]:
-    """The plain numbers and strings that the model's modules hold."""
-    return {
-        (owner, name): value
-        for owner, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (int, float, complex, str)) and name != "training"
-    }
+def _remembers(name: str) -> determinism.NotDeterministic:
+    return determinism.NotDeterministic(
+        f"{name} changes with each forward pass, and a step must not remember the ones before it; keep what "
+        "it needs in a registered buffer, and take notes and counts out of it"
+    )
+
+
+def _modes(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def _check_modes(before: dict[str, bool], after: dict[str, bool]) -> None:
+    for name, training in after.items():
+        if before.get(name, training) != training:
+            raise ValueError(
+                f"step 0: the loss leaves module {name!r} in {'training' if training else 'eval'} mode, in "
+                "which a plain loop would do its next step; set the mode before the Run is made, or set it "
+                "back at the end of the loss"
+            )
+
+
+@contextlib.contextmanager
+def _recomputing():
+    """Turn the errors of reentrant activation checkpointing into one that says the way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error) and "Checkpointing is not compatible" not in str(error):
+            raise
+        raise ValueError(
+            "activation checkpointing with use_reentrant=True has no derivative by torch.autograd.grad; use "
+            "checkpoint(..., use_reentrant=False)"
+        ) from error
 
 
 def _first_difference(a: State, b: State) -> str | None:

@@ -41,8 +41,8 @@ def test_data():
     x, y = cases.data()
     with pytest.raises(ValueError, match=r"one length.*\[40, 39\]"):
         run_with(data=(x, y[:-1]))
-    with pytest.raises(TypeError, match=r"data\[1\] is a ndarray"):
-        run_with(data=(x, y.numpy()))
+    with pytest.raises(TypeError, match=r"data\[1\] is a list"):
+        run_with(data=(x, y.tolist()))
     with pytest.raises(TypeError, match="not a DataLoader"):
         run_with(data=iter([x]))
 
