@@ -186,7 +186,7 @@ def attribute(
     progress: bool = True,
     *,
     drop: float | None = None,
-    memory: float | str = "1GB",
+    memory: float | str | None = None,
     disk: str | os.PathLike | None = None,
     plan: Plan | None = None,
 ) -> Attribution:
@@ -198,7 +198,8 @@ def attribute(
              "full", "centre", "path", "average" of `magic.where`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost
     progress prints what the replay will keep and repeat before it starts, and shows a bar
-    memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device
+    memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device; None is
+             "1GB"
     disk     a folder: for states that do not fit, and so that a replay that was killed goes on to the
              same bits; one that is finished is read from it
     plan     what `magic.plan` returned, in place of `memory`
@@ -206,6 +207,8 @@ def attribute(
     Raises NotDifferentiable, NonFinite or ReplayMismatch when one of its checks finds the derivative
     wrong, and warns when a check could not be made or the scores are not to be trusted (`.health`).
     """
+    if plan is not None and memory is not None:
+        raise ValueError("plan= and memory= contradict each other: a plan was made for a budget; give one")
     where = settle_where(run, at, drop)
     targets, measuring = try_measure(run, measure)
     planned = (
