@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import schedule, timeline
+from . import costs, schedule, timeline
 from .adjoint import CHUNK
 from .files import writable
 from .run import Run
@@ -110,7 +110,9 @@ class Plan(Table):
 
     @cached_property
     def cost(self) -> schedule.Cost:
-        """What one sweep takes, by walking through its schedule."""
+        """What one sweep takes."""
+        if self.given is None:
+            return costs.binomial(self.steps, self.states, self.traces)
         return schedule.check(self.actions(), self.steps)
 
     @property
@@ -120,7 +122,10 @@ class Plan(Table):
 
     @cached_property
     def disk_accesses(self) -> int:
-        return sum(self.tier_of[slot] == 2 for _, slot in schedule.placed(self.actions()))
+        if 2 not in self.tier_of:
+            return 0
+        uses = costs.uses(self.steps, self.states, self.traces)
+        return sum(count for tier, count in zip(self.tier_of, uses, strict=False) if tier == 2)
 
     @cached_property
     def seconds(self) -> float:
@@ -195,7 +200,7 @@ def _needs(one: Trial, group: int, chunk: int, states: int, traces: int, values:
 def plan(
     run: Run,
     targets: int = 1,
-    memory: float | str = "1GB",
+    memory: float | str | None = None,
     *,
     disk: str | os.PathLike | None = None,
     states: int | None = None,
@@ -204,14 +209,20 @@ def plan(
 ) -> Plan:
     """How the metagradient of `targets` numbers would be computed within `memory` bytes.
 
-    memory   bound on what the replay holds beyond the plain loop, on the model's device
+    memory   bound on what the replay holds beyond the plain loop, on the model's device; None is "1GB"
     disk     a folder for states that do not fit; half of what is free there is used at most
     states   keep this many states instead, s_0 among them, and recompute the others
     actions  or follow this schedule, such as magic.schedule.kary(run.steps, 4)
     measuring  bytes that differentiating one target of the measure holds; magic.attribute tries it
 
-    Raises ValueError, with the least that works, for a budget too small, and for an illegal schedule.
+    Raises ValueError, with the least that works, for a budget too small, for an illegal schedule, and for
+    arguments of which one would be passed over: a number of states or a schedule leaves nothing to `memory`.
     """
+    _one_way(states=states, actions=actions)
+    for budget in ({"memory": memory}, {"disk": disk}):
+        _one_way(**budget, states=states)
+        _one_way(**budget, actions=actions)
+    memory = "1GB" if memory is None else memory
     if not isinstance(targets, int) or targets < 1:
         raise ValueError(f"targets={targets!r}: the number K of measured outputs is an integer, at least 1")
     if states is not None and not isinstance(states, int):
@@ -241,6 +252,13 @@ def plan(
     return min((p for p in plans if p.group == group), key=lambda p: p.seconds)
 
 
+def _one_way(**given) -> None:
+    """Raise ValueError if more than one of these is given."""
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} contradict each other: give one of them")
+
+
 def _chunk(run: Run, one: Trial) -> int:
     """Targets in flight at once, at most.
 
@@ -260,8 +278,8 @@ def _chunk(run: Run, one: Trial) -> int:
 def _fitting(blank: Plan, further: tuple[int, int]) -> Iterator[Plan]:
     """Plans that fit into the room: more and more sweeps, without traces and with as many as fit."""
     one, steps = blank.trial, blank.steps
-    for sweeps in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, blank.targets}):
-        group = -(-blank.targets // sweeps)
+    sweeps = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, blank.targets}
+    for group in sorted({-(-blank.targets // count) for count in sweeps}, reverse=True):
         plan = replace(blank, group=group, chunk=min(blank.chunk, group))
         while plan.chunk > 1 and plan.nbytes > plan.room:
             plan = replace(plan, chunk=plan.chunk // 2)
@@ -289,7 +307,8 @@ def _tiers(steps: int, traces: int, here: int, further: tuple[int, int]) -> Iter
         if count == here:
             yield (0,) * here
             continue
-        uses = Counter(slot for _, slot in schedule.placed(schedule.binomial(steps, count, traces)))
+        uses = costs.uses(steps, count, traces)
+        uses += [0] * (count - len(uses))
         order = sorted(range(count), key=lambda slot: (-uses[slot], slot))
         place = {slot: 0 if i < here else 1 if i < here + host else 2 for i, slot in enumerate(order)}
         yield tuple(place[slot] for slot in range(count))

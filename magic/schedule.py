@@ -114,6 +114,15 @@ def pieces(a: int, b: int, traces: int) -> Iterator[Action]:
         yield from map(Adjoint, reversed(range(start, end)))
 
 
+def repeats_of(blocks: int, slots: int) -> int:
+    """The smallest r with comb(slots + 1 + r, slots + 1) ≥ blocks: each step is repeated at most r times."""
+    repeats, reach = 0, 1
+    while reach < blocks:
+        repeats += 1
+        reach = reach * (slots + 1 + repeats) // repeats
+    return repeats
+
+
 def binomial_split(steps: int, slots: int) -> int:
     """How many of `steps` steps Revolve passes before it saves: this makes the fewest extra, provably.
 
@@ -121,9 +130,7 @@ def binomial_split(steps: int, slots: int) -> int:
     be reversed. The split leaves each side no longer than its share of the smallest such r allows.
     Of the many best splits it takes the last one; `binomial` relies on that.
     """
-    repeats = 0
-    while comb(slots + 1 + repeats, slots + 1) < steps:
-        repeats += 1
+    repeats = repeats_of(steps, slots)
     # Left of the split one repetition less is left; right of it, one state less.
     most_left = comb(slots + repeats, slots + 1)
     least_right = comb(slots + repeats - 1, slots)

@@ -15,13 +15,19 @@ import magic
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "determinism", "show", "memory", "inputs", "state", "verify", "optim", "trial", "normalisation",
-    "equivalents", "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
-    "tryout", "planning", "health", "directory", "replay", "subsets", "where", "attribution", "retraining",
-    "bank", "counterfactual", "judgement", "best_linear", "second_order", "smoothness", "baselines",
+    "equivalents", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs", "timeline", "files",
+    "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets", "where",
+    "attribution", "retraining", "bank", "counterfactual", "judgement", "best_linear", "second_order",
+    "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
-ONLY = {"schedule": [], "timeline": ["schedule"], "store": ["files", "state", "verify"]}
+ONLY = {
+    "schedule": [],
+    "costs": ["schedule"],
+    "timeline": ["schedule"],
+    "store": ["files", "state", "verify"],
+}
 NUMERICS = ["torch", "numpy"]
 MODULE_LINES, FUNCTION_LINES = 400, 60
 
