@@ -85,7 +85,8 @@ class Run:
                changed. It trains in the mode (train or eval) each of its modules is in now.
     optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped. A parameter group
                of Adam may have "eps_root", added under the root, which torch.optim does not know
-    data       a tuple of tensors with the n examples first, or a map-style Dataset
+    data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
+               its items are dicts, loss is given the batch as one dict
     loss       loss(model, *batch) -> (B,), one number per example
     batches    a (T, B) index tensor, or a sequence of T index tensors
     scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy
@@ -169,8 +170,11 @@ class Run:
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
         """Data weights as an (n,) tensor on the run's device, checked. None is 1; a number fills it."""
         if weights is None or isinstance(weights, (int, float)):
-            weights = torch.full((self.n,), 1.0 if weights is None else float(weights), dtype=self.dtype)
-        weights = torch.as_tensor(weights).detach().to(self.device, self.dtype, copy=True)
+            value = 1.0 if weights is None else float(weights)
+            weights = torch.full((self.n,), value, dtype=self.dtype, device=self.device)
+        if not isinstance(weights, Tensor):
+            weights = torch.as_tensor(weights, device=self.device)
+        weights = weights.detach().to(self.device, self.dtype, copy=True)
         if weights.shape != (self.n,):
             raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({self.n},)")
         if not weights.isfinite().all():

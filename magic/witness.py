@@ -81,7 +81,7 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
     shadow = copy.copy(run)
     shadow._adopt(clean_copy(run._model).double())
     shadow.data = each(lambda x: _double(x[:examples]), run.batch(t))
-    shadow.batches = [torch.arange(min(examples, len(run.batches[t])))]
+    shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: _double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": _double(p) for name, p in state.params.items()}
     point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
@@ -180,7 +180,7 @@ def _steady(along, steps: tuple[float, ...], tolerance: float) -> float | None:
 
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=dice, dtype=x.dtype).to(x.device)
+    return torch.randn(x.shape, generator=dice, dtype=x.dtype, device="cpu").to(x.device)
 
 
 def _double(x: Tensor) -> Tensor:
