@@ -15,6 +15,7 @@ Derived line by line from the rules in `magic.optim`; the tests compare them wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -104,6 +105,27 @@ def underflowing(grad: Tensor, after: Slots) -> int:
     if "exp_avg_sq" not in after:
         return 0
     return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
+
+
+def warn_of_underflow(rule: optim.Rule, state, grads: dict[str, Tensor], hyper_of: dict[str, dict]) -> None:
+    """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
+
+    `hyper_of` gives each parameter's hyper-parameters. With eps_root nothing is divided by the root of 0.
+    """
+    counts = {}
+    for name, grad in grads.items():
+        if rule is optim.adam and not hyper_of[name].get("eps_root"):
+            grad = grad.detach()
+            after = rule(state.params[name], grad, state.slots[name], hyper_of[name])[1]
+            counts[name] = underflowing(grad, after)
+    worst = max(counts, key=counts.get, default=None)
+    if worst is not None and counts[worst]:
+        warnings.warn(
+            f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "
+            f"Adam, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale the loss up, "
+            "give the group an eps_root, or use float64",
+            stacklevel=3,
+        )
 
 
 def _before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import determinism, footprint, health, schedule
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
 from .directory import Directory, Progress
+from .optim_adjoint import warn_of_underflow
 from .planning import Plan
 from .run import NonFinite, Run
 from .show import bar
@@ -183,6 +184,7 @@ class _Sweeps:
             self.turn(traced)
         elif t in (run.steps // 3, 2 * run.steps // 3) and t not in self.witnessed:
             self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
+            self.check_underflow(traced)
         self.cotangent, scores = traced_vjp(run, traced, self.cotangent, self.plan.chunk)
         _check_finite(scores, self.cotangent, t)
         indices = run.batches[t].to(self.values.device)
@@ -201,12 +203,18 @@ class _Sweeps:
             final = run.advance(last.state, T, self.weights, self.passed, self.after_step)
         if T not in self.witnessed:
             self.witnessed[T - 1] = check_step(run, last.state, self.weights)
+            self.check_underflow(last)
         if self.outputs is None:
             self.outputs = measured_outputs(run, final, self.measure)
             self.values = self.outputs.new_zeros(len(self.outputs), run.n)
         self.cotangent = measure_vjp(run, final, self.measure, self.rows, self.plan.chunk)
         if T not in self.witnessed:
             self.witnessed[T] = check_measure(run, final, self.measure, self.cotangent, self.rows)
+
+    def check_underflow(self, traced: Traced) -> None:
+        hypers, group_of = self.run.hypers[traced.state.step], self.run.group_of
+        hyper_of = {name: hypers[group_of[name]] for name in traced.grads}
+        warn_of_underflow(self.run.rule, traced.state, traced.grads, hyper_of)
 
     def measure_size(self, t: int) -> None:
         """Now and then, the norm of each target's cotangent."""
