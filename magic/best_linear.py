@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from .judgement import Comparison, pearson, r2, spearman
-from .show import Table
+from .show import Table, needs
 
 QUANTILE = 1.96
 
@@ -139,7 +139,7 @@ def ridge(result: Comparison, sizes: Iterable[int] = (), *, prior: bool = True, 
     sizes    numbers of retrainings; that of all is always there. As long as the curve rises, the bank is
              too small to say what is best
     """
-    import pandas as pd
+    pd = needs("pandas", "notebooks")
 
     weights = _weights(result)
     predicted, true = (x.double().cpu().numpy() for x in (result.predicted, result.true))

@@ -174,7 +174,7 @@ def fingerprint(thing) -> str:
 def _values(state: dict) -> dict[str, Tensor]:
     """The tensors of a state_dict; of other extra state (get_extra_state) the text, as bytes."""
     return {
-        name: x if isinstance(x, Tensor) else torch.tensor(list(repr(x).encode()), dtype=torch.uint8)
+        name: x if isinstance(x, Tensor) else torch.from_numpy(np.array(list(repr(x).encode()), np.uint8))
         for name, x in state.items()
     }
 

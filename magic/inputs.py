@@ -256,7 +256,8 @@ def check_moved(name: str, after: Tensor) -> Tensor:
 def check_batches(batches, n: int) -> list[Tensor]:
     """The batches as T int64 tensors of indices into n examples."""
     try:
-        checked = [torch.as_tensor(b).clone() for b in batches]
+        given = [b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu") for b in batches]
+        checked = [b.clone() for b in given]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"batches is a {type(batches).__name__}; pass a (T, B) index tensor, such as magic.batches "
@@ -309,7 +310,8 @@ def check_indices(indices: Iterable[int], n: int) -> Tensor:
         raise TypeError(f"examples are named by integer indices, not by {indices!r}")
     if not isinstance(indices, Iterable) or getattr(indices, "ndim", 1) == 0:
         indices = [int(indices)]
-    given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu().reshape(-1)
+    given = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), device="cpu")
+    given = given.cpu().reshape(-1)
     if given.dtype == torch.bool or given.is_floating_point():
         if len(given):
             raise TypeError(f"examples are named by integer indices; these are {given.dtype}")

@@ -19,7 +19,7 @@ from . import subsets as choose
 from .attribution import Attribution
 from .bank import Bank
 from .counterfactual import outputs
-from .show import Table
+from .show import Table, needs
 
 RESAMPLES = 1000
 
@@ -119,7 +119,7 @@ class Comparison(Table):
 
     def frame(self):
         """A DataFrame of changes against the baseline: retraining, target, predicted, true."""
-        import pandas as pd
+        pd = needs("pandas", "notebooks")
 
         predicted, true = self._columns
         retraining, target = np.indices(true.shape)
@@ -149,7 +149,7 @@ def lds(
     Raises ValueError for fewer than 3 subsets, a fraction that rounds to nothing or everything, or a
     target whose true output does not vary.
     """
-    _need_run(scores)
+    _check_ready(scores)
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
     weights = choose.random(scores.run.n, drop, subsets, seed)
@@ -165,7 +165,7 @@ def leave_one_out(
 
     `options` are those of `compare`: bank, jobs, progress.
     """
-    _need_run(scores)
+    _check_ready(scores)
     n = scores.run.n
     if isinstance(examples, int):
         if not 3 <= examples <= n:
@@ -186,14 +186,16 @@ def compare(
     seed: int = 0,
 ) -> Comparison:
     """Retrain at each row of `weights`, (S, n) as `magic.subsets` makes them, and compare."""
-    _need_run(scores)
+    _check_ready(scores)
     everything = torch.ones(1, scores.run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
     true = outputs(scores.run, scores.measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 
-def _need_run(scores: Attribution) -> None:
+def _check_ready(scores: Attribution) -> None:
+    """Raise, before anything is trained, for what would only show afterwards."""
+    needs("scipy.stats", "notebooks")
     if scores.run is None or scores.measure is None:
         raise ValueError(
             "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
@@ -217,12 +219,7 @@ def _refuse_constant(true: Tensor, predicted: Tensor) -> None:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(K,): Spearman's rank correlation of the columns of two (S, K) arrays; ties share their rank."""
-    try:
-        from scipy.stats import rankdata
-    except ImportError as error:
-        raise ImportError(
-            "rank correlations need scipy: pip install 'magic-attribution[notebooks]'"
-        ) from error
+    rankdata = needs("scipy.stats", "notebooks").rankdata
     return pearson(rankdata(a, axis=0), rankdata(b, axis=0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from html import escape
 
 
@@ -25,6 +26,15 @@ def bar(total: int, what: str, show: bool = True):
     except ImportError:
         return _Silent()
     return tqdm(total=total, desc=what, leave=False)
+
+
+def needs(package: str, extra: str):
+    """The package, imported; ImportError that names the extra to install where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        raise ImportError(f"this needs {top}: pip install 'magic-attribution[{extra}]'", name=top) from error
 
 
 class Table:

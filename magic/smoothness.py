@@ -20,6 +20,7 @@ from torch import Tensor
 from . import subsets
 from .attribution import attribute
 from .run import NonFinite, Run
+from .show import needs
 from .state import State
 
 
@@ -77,7 +78,7 @@ def survey(
 
     A run that becomes infinite or NaN has NaN in its row.
     """
-    import pandas as pd
+    pd = needs("pandas", "notebooks")
 
     rows = {}
     for name, run in dict(runs).items():

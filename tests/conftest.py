@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 
 @pytest.fixture(autouse=True)
@@ -10,6 +11,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left_behind():
+    """Whatever is refused, no TorchFunctionMode stays on PyTorch's stack."""
+    before = len(_get_current_function_mode_stack())
+    yield
+    assert len(_get_current_function_mode_stack()) == before
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

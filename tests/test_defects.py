@@ -1,6 +1,7 @@
 """Ordinary things that once gave a wrong number, a raw traceback or no word at all."""
 
 import random
+import sys
 import time
 import warnings
 from collections import deque
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import magic
@@ -58,13 +58,6 @@ def by_differences(run, i, measure=measure, step=1e-5):
         with torch.no_grad():
             found.append(measure(run.model(run.train(weights, progress=False))))
     return (found[0] - found[1]) / (2 * step)
-
-
-@pytest.fixture(autouse=True)
-def no_mode_is_left_behind():
-    before = len(_get_current_function_mode_stack())
-    yield
-    assert len(_get_current_function_mode_stack()) == before
 
 
 class Around(nn.Module):
@@ -190,10 +183,16 @@ def test_another_default_dtype():
 
 
 def test_another_default_device():
-    expected = scores(run_of(mlp()))
-    torch.set_default_device("cpu")
+    """ "meta", where no tensor has values: the run makes none of its own there."""
+    model, order = mlp(), ORDER.tolist()
+    expected = scores(run_of(model))
+    torch.set_default_device("meta")
     try:
-        assert torch.equal(scores(run_of(mlp())), expected)
+        made = torch.optim.Adam(model.parameters(), 0.01)
+        run = magic.Run(model, made, (X, Y), loss, order)
+        found = magic.attribute(run, measure, progress=False)
+        assert torch.equal(found.values, expected)
+        assert found.removal_effect([1, 2]).device.type == "cpu"
     finally:
         torch.set_default_device(None)
 
@@ -463,6 +462,20 @@ def test_squares_that_underflow_are_counted(size, expected):
     assert underflowing(grad, {"momentum_buffer": grad}) == 0
 
 
+@pytest.mark.parametrize(("scale", "warned"), [(1e-25, True), (1.0, False)])
+def test_a_run_whose_squares_underflow_warns(scale, warned):
+    def scaled(model, x, y):
+        return loss(model, x, y) * scale
+
+    run = run_of(mlp().float(), loss=scaled, data=(X.float(), Y))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        magic.attribute(run, lambda model: loss(model, X[:2].float(), Y[:2]), progress=False)
+    says = [str(w.message) for w in caught if "underflow" in str(w.message)]
+    assert bool(says) == warned
+    assert not says or "entries underflow to 0 in Adam" in says[0] and "'0.weight'" in says[0]
+
+
 # --- precision
 
 
@@ -524,6 +537,29 @@ def test_an_index_given_twice_takes_no_square_of_memory():
     indices = torch.arange(300_000) % 299_999  # m × m would be 90 GB
     with pytest.raises(ValueError, match="example 0 is named twice"):
         inputs.check_indices(indices, 300_000)
+
+
+# --- packages that are not installed
+
+
+def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch):
+    run = run_of(mlp())
+    found = magic.attribute(run, measure, progress=False)
+    trained = []
+    monkeypatch.setattr(magic.Run, "step", lambda *_: trained.append(1))
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    ways = [
+        lambda: magic.lds(found, 0.3, 5, progress=False),
+        lambda: magic.leave_one_out(found, 5, progress=False),
+        lambda: magic.compare(found, magic.subsets.random(N, 0.3, 5), progress=False),
+    ]
+    for way in ways:
+        with pytest.raises(ImportError, match=r"needs scipy: pip install 'magic-attribution\[notebooks\]'"):
+            way()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="needs pandas: pip install"):
+        magic.smoothness.survey({"a": run}, lambda model: 1.0)
+    assert trained == []
 
 
 # --- plans
