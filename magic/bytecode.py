@@ -9,6 +9,7 @@ be noted beside it.
 
 from __future__ import annotations
 
+import bisect
 import builtins
 import dis
 import enum
@@ -61,8 +62,9 @@ def of_library(module: str | None) -> bool:
     """Whether the module of this name is the standard library's, an installed package's or magic's."""
     if not module:
         return False
-    found = sys.modules.get(module) or sys.modules.get(module.partition(".")[0])
-    return _library(module, getattr(found, "__file__", None))
+    found, package = sys.modules.get(module), sys.modules.get(module.partition(".")[0])
+    # a part of an extension (torch._C._nn) has no file of its own
+    return _library(module, getattr(found, "__file__", None) or getattr(package, "__file__", None))
 
 
 def home(f: types.FunctionType) -> str | None:
@@ -114,7 +116,7 @@ def instructions(code: types.CodeType) -> list[tuple]:
         if i.opcode in dis.hasconst or (i.opcode in dis.hasname and isinstance(i.argval, str)):
             found.append((i.opname, i.argval))
         elif i.opcode in dis.hasjrel or i.opcode in dis.hasjabs:
-            found.append((i.opname, sum(offset < i.argval for offset in offsets)))
+            found.append((i.opname, bisect.bisect_left(offsets, i.argval)))
         else:
             found.append((i.opname, i.arg))
     return found
@@ -156,7 +158,9 @@ def held(f: types.FunctionType) -> Iterator[tuple[str, object]]:
     code = f.__code__
     yield from zip(code.co_freevars, cells(f), strict=True)
     defaults = f.__defaults__ or ()
-    yield from zip(code.co_varnames[: code.co_argcount][-len(defaults) or len(code.co_varnames) :], defaults)
+    yield from zip(
+        code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount], defaults, strict=True
+    )
     yield from (f.__kwdefaults__ or {}).items()
     yield from ((name, x) for name, x in vars(f).items() if name != "__wrapped__")
     loaded, attributes, imported = names(code)

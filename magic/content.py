@@ -11,6 +11,7 @@ noted in `unknown`, with the reason, and is never taken for a constant.
 
 from __future__ import annotations
 
+import copyreg
 import enum
 import functools
 import hashlib
@@ -133,7 +134,10 @@ class Content:
             self._function(x)
         elif isinstance(x, types.MethodType):
             self._many("method", [x.__func__, x.__self__])
-        elif isinstance(x, types.BuiltinFunctionType | types.MethodWrapperType):
+        elif (
+            isinstance(x, types.BuiltinFunctionType | types.MethodWrapperType)
+            or kind.__name__ == "cython_function_or_method"
+        ):
             self._builtin(x)
         elif isinstance(x, types.ModuleType):
             self._module(x)
@@ -201,7 +205,7 @@ class Content:
         owner = getattr(x, "__self__", None)
         if owner is not None and not isinstance(owner, types.ModuleType):
             return self._many(f"builtin {x.__name__}", [owner])
-        module = x.__module__ or getattr(owner, "__name__", None)
+        module = getattr(x, "__module__", None) or getattr(owner, "__name__", None)
         if module is None or of_library(module):
             return self._named("builtin", module, x.__qualname__)
         self._cannot(f"{module}.{x.__qualname__} is of a C extension")
@@ -260,7 +264,8 @@ class Content:
     def _reduced(self, x, kind: type) -> None:
         """What pickle would write, of an object without attributes in Python (a deque, a generator)."""
         try:
-            reduced = x.__reduce_ex__(4)
+            special = copyreg.dispatch_table.get(kind)
+            reduced = special(x) if special else x.__reduce_ex__(4)
         except Exception:
             return self._cannot(f"a {kind.__module__}.{kind.__qualname__}, whose content cannot be read")
         if isinstance(reduced, str):

@@ -93,7 +93,7 @@ class _Parts:
                 self.add(label, accessor)
         elif not label and is_user_class(type(value)):
             self._object(label, value)
-        elif not label or isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        elif not label or _named_only(value):
             digest = self._content.digest(value)
             self._note(self._called(label), digest, self._content.unknown)
         else:
@@ -108,10 +108,14 @@ class _Parts:
         digest, unknown = self._content.code(f.__code__, named=bool(label)), list(self._content.unknown)
         self._content.unknown = []
         self._content.note_reach(f)
-        self._note(self._called(label), digest, unknown + self._content.unknown)
-        short = label.rpartition(".")[2] if label else ""
+        unknown += self._content.unknown
+        own, libraries = [], []
         for name, value in held(f):
-            self.add(self._in(short, name), value)
+            (libraries if _named_only(value) else own).append((name, value))
+        digest = determinism.digest(digest + self._content.digest(libraries))
+        self._note(self._called(label), digest, unknown + self._content.unknown)
+        for name, value in own:
+            self.add(self._in(label.rpartition(".")[2], name), value)
 
     def _class(self, label: str, cls: type) -> None:
         bases = [(c.__module__, c.__qualname__) for c in cls.__mro__ if not is_user_class(c)]
@@ -149,6 +153,12 @@ class _Parts:
         tree = [(path, "" if "__main__" in module else module, *rest) for path, module, *rest in tree]
         self._note(f"the modules of the {self.role}", self._content.digest(tree), [])
         self.hold("in layers of libraries", plain)
+
+
+def _named_only(x) -> bool:
+    """Whether x is a module, class or function of a library, which belongs to the code that names it."""
+    kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
+    return isinstance(x, kinds) and not is_user_function(x) and not is_user_class(x)
 
 
 def of_callable(f, role: str) -> Identity:
