@@ -113,7 +113,9 @@ def instructions(code: types.CodeType) -> list[tuple]:
     offsets = [i.offset for i in kept]
     found = []
     for i in kept:
-        if i.opcode in dis.hasconst or (i.opcode in dis.hasname and isinstance(i.argval, str)):
+        if i.opcode in dis.hasconst:  # dis itself does not look up the names of keyword arguments
+            found.append((i.opname, code.co_consts[i.arg]))
+        elif i.opcode in dis.hasname:
             found.append((i.opname, i.argval))
         elif i.opcode in dis.hasjrel or i.opcode in dis.hasjabs:
             found.append((i.opname, bisect.bisect_left(offsets, i.argval)))
