@@ -204,15 +204,16 @@ class Attribution(Table):
 
     def _serves(self, path: str, run: Run | None, measure: Callable | None, trust) -> None:
         """Raise ValueError unless these scores, read from `path`, are of this run and this measure."""
-        here, there = identity.Identity(), {}
+        here, there, mine = identity.Identity(), {}, {}
         if run is not None and (self.run_parts or self.run_fingerprint):
-            here |= identity.Identity(run.identity(), run.unknown())
+            mine = run.identity()
+            here |= identity.Identity(mine, run.unknown())
             there |= self.run_parts or {}
         if measure is not None and (self.measure_parts or self.run_parts or self.run_fingerprint):
             here |= identity.of_callable(measure, "measure")
             there |= self.measure_parts or {}
         if names := identity.changed(here, there, trust):
-            whose = "run" if run is not None and set(names) & set(run.identity()) else "measure"
+            whose = "run" if mine.keys() & set(names) else "measure"
             raise ValueError(
                 identity.refusal(
                     f"{path} holds scores of another {whose}",

@@ -189,7 +189,7 @@ def _through(name: str, value, attributes: list[str], seen: list) -> Iterator[tu
 
 def defined(cls: type) -> Iterator[tuple[str, object]]:
     """(name, value) of all that the user's classes among a class and its parents define."""
-    for k, parent in enumerate(c for c in cls.__mro__ if is_user_class(c)):
+    for parent in filter(is_user_class, cls.__mro__):
         if issubclass(parent, enum.Enum):
             yield "members", [(name, member.value) for name, member in parent.__members__.items()]
         for name, value in sorted(vars(parent).items()):
@@ -197,7 +197,7 @@ def defined(cls: type) -> Iterator[tuple[str, object]]:
             if issubclass(parent, enum.Enum) and not isinstance(value, types.FunctionType):
                 skip = True
             if not skip:
-                yield (f"{parent.__name__}.{name}" if k else name), value
+                yield f"{parent.__name__}.{name}", value
 
 
 def state(x) -> dict[str, object]:
@@ -211,6 +211,8 @@ def state(x) -> dict[str, object]:
     if isinstance(x, nn.Module):
         for name in ("_parameters", "_buffers", "_modules", "training"):
             found.pop(name, None)
+        for name in ("_flat_weights", "_flat_weight_refs") if isinstance(x, nn.RNNBase) else ():
+            found.pop(name, None)  # its parameters once more, which a functional call exchanges
         # the keys of hooks are numbered through the whole process
         found = {k: list(v.values()) if k.endswith("_hooks") and v else v for k, v in found.items()}
         found = {k: v for k, v in found.items() if not (k.startswith("_") and _empty(v))}

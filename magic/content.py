@@ -61,7 +61,13 @@ class Content:
             self._put(x)
         except RecursionError:
             self.unknown.append("it is nested too deeply to be read")
+        except Exception as error:  # an object may do anything when its attributes are read
+            self.unknown.append(f"it cannot be read ({type(error).__name__}: {error})")
         return self._hash.hexdigest()
+
+    def call(self, x: Tensor, name: str) -> None:
+        """From now on, this tensor is known by a name, as what it holds is looked after elsewhere."""
+        self._tensors[id(x)] = (f"called {name}", x)
 
     def code(self, code: types.CodeType, named: bool) -> str:
         """The digest of code alone, without what it refers to; `named`: its arguments' names matter."""

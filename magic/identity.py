@@ -115,7 +115,8 @@ class _Parts:
         digest = determinism.digest(digest + self._content.digest(libraries))
         self._note(self._called(label), digest, unknown + self._content.unknown)
         for name, value in own:
-            self.add(self._in(label.rpartition(".")[2], name), value)
+            code = is_user_function(value) or is_user_class(value)
+            self.add(name if code else self._in(label, name), value)
 
     def _class(self, label: str, cls: type) -> None:
         bases = [(c.__module__, c.__qualname__) for c in cls.__mro__ if not is_user_class(c)]
@@ -123,7 +124,7 @@ class _Parts:
         digest = self._content.digest((bases, [name for name, _ in defined(cls)]))
         self._note(self._called(label or cls.__name__), digest, [])
         for name, value in defined(cls):
-            self.add(self._in(cls.__name__, name), value)
+            self.add(name, value)
 
     def _object(self, label: str, x) -> None:
         """An object whose class is code: the class, and each thing that the object holds."""
@@ -137,6 +138,8 @@ class _Parts:
     def modules(self, model: nn.Module) -> None:
         """A model's classes and what its modules hold beside parameters, buffers and modules."""
         tree, plain = [], []
+        for name, x in [*model.named_parameters(), *model.named_buffers()]:
+            self._content.call(x, name)
         for path, module in model.named_modules(remove_duplicate=False):
             kind = type(module)
             tree.append((path, kind.__module__, kind.__qualname__, [*module._parameters], [*module._buffers]))

@@ -300,8 +300,8 @@ MODEL = """
     ("old", "new", "part"),
     [
         ("* self.gain", "* self.gain + 0", "the code of the model: Net.forward"),
-        ("clamp(max", "clamp(min", "the code of the model: Net.Base.squash"),
-        ("LIMIT = 30.0", "LIMIT = 31.0", "what the model holds: squash.LIMIT"),
+        ("clamp(max", "clamp(min", "the code of the model: Base.squash"),
+        ("LIMIT = 30.0", "LIMIT = 31.0", "what the model holds: Base.squash.LIMIT"),
         ("2.0, F", "2.5, F", "what the model holds: gain"),
         ("F.gelu", "F.relu", "what the model holds: act"),
         ("Dropout(0.1)", "Dropout(0.2)", "what the model holds: in layers of libraries"),
@@ -353,7 +353,8 @@ from magic import identity
 from tests import cases, test_identity as t
 run = cases.build("batchnorm-adamw")[0]
 held = [[name, pair] for name, pair in t.PAIRS.items()]
-of = [identity.of_callable(t.closing([held, {"a", "b", ("c", 1.5)}, t.Colour]), "measure"), identity.of_callable(t.cell(t.LOSS), "loss")]
+everything = t.closing([held, {"a", "b", ("c", 1.5)}, t.Colour])
+of = [identity.of_callable(everything, "measure"), identity.of_callable(t.cell(t.LOSS), "loss")]
 of += [identity.of_model(t.cell(t.MODEL, "Net")()), run.identity()]
 print(of)
 """
@@ -539,3 +540,27 @@ def test_a_foreign_file_is_refused(tmp_path, meta):
     np.savez(tmp_path / "x.npz", meta=np.frombuffer(meta.encode(), dtype=np.uint8), **arrays)
     with pytest.raises(ValueError, match=r"not written by Attribution.save"):
         magic.Attribution.load(tmp_path / "x.npz", run)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_training_does_not_change_what_a_run_is(name):
+    run, *_ = cases.build(name)
+    before = run.identity()
+    assert run.unknown() == {}
+    run.train(progress=False)
+    assert identity.changed(run.identity(), before) == []
+    assert identity.changed(cases.build(name)[0].identity(), before) == []
+
+
+def test_an_object_that_cannot_be_read_is_unknown():
+    class Hostile:
+        @property
+        def __dict__(self):
+            raise RuntimeError("no")
+
+    found = identity.of_callable(closing(Hostile()), "measure")
+    assert list(found.unknown) == ["what the measure holds: value"]
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    assert "too deeply" in next(iter(identity.of_callable(closing(deep), "measure").unknown.values()))
