@@ -15,6 +15,7 @@ import copyreg
 import enum
 import functools
 import hashlib
+import logging
 import sys
 import types
 import weakref
@@ -159,6 +160,8 @@ class Content:
             self._many("generator", [str(x.device), x.get_state()])
         elif isinstance(x, weakref.ref):
             self._many("weakref", [x()])
+        elif isinstance(x, logging.Logger):  # what it writes changes no result
+            self._named("logger", kind.__module__, x.name)
         elif kind.__module__ in ("typing", "torch._ops") or kind is types.GenericAlias:
             self._named("named", kind.__module__, str(x))
         elif kind.__module__.startswith(f"{OWN}.") and hasattr(kind, "fingerprint"):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import determinism
-from .bytecode import defined, held, is_user_class, is_user_function, state, version
+from .bytecode import cells, defined, held, home, is_user_class, is_user_function, state, version
 from .content import Content
 from .show import bar
 
@@ -88,6 +88,10 @@ class _Parts:
             self.hold(self._in(label, "arguments"), (value.args, value.keywords))
         elif isinstance(value, staticmethod | classmethod):
             self.add(label, value.__func__)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.add(label, value.__wrapped__)
+        elif isinstance(value, types.FunctionType) and value.__closure__:
+            self._made(label, value)
         elif isinstance(value, property):
             for accessor in filter(None, (value.fget, value.fset, value.fdel)):
                 self.add(label, accessor)
@@ -117,6 +121,16 @@ class _Parts:
         for name, value in own:
             code = is_user_function(value) or is_user_class(value)
             self.add(name if code else self._in(label, name), value)
+
+    def _made(self, label: str, f: types.FunctionType) -> None:
+        """A function that a library made around the user's: under no_grad, or mapped by torch.func.vmap."""
+        self._note(self._called(label), determinism.digest(f"{home(f)}.{f.__code__.co_qualname}"), [])
+        if original := vars(f).get("_torchdynamo_orig_callable"):
+            return self.add(label or "compiled", original)
+        if id(f) not in self._met:
+            self._met[id(f)] = (label, f)
+            for name, value in zip(f.__code__.co_freevars, cells(f), strict=True):
+                self.add(self._in(label, name), value)
 
     def _class(self, label: str, cls: type) -> None:
         bases = [(c.__module__, c.__qualname__) for c in cls.__mro__ if not is_user_class(c)]
@@ -161,7 +175,8 @@ class _Parts:
 def _named_only(x) -> bool:
     """Whether x is a module, class or function of a library, which belongs to the code that names it."""
     kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-    return isinstance(x, kinds) and not is_user_function(x) and not is_user_class(x)
+    whole = not getattr(x, "__closure__", None) if isinstance(x, types.FunctionType) else True
+    return isinstance(x, kinds) and whole and not is_user_function(x) and not is_user_class(x)
 
 
 def of_callable(f, role: str) -> Identity:

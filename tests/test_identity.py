@@ -564,3 +564,15 @@ def test_an_object_that_cannot_be_read_is_unknown():
     for _ in range(3000):
         deep = [deep]
     assert "too deeply" in next(iter(identity.of_callable(closing(deep), "measure").unknown.values()))
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.no_grad(), torch.func.vmap, functools.lru_cache, functools.partial, torch.compile]
+)
+def test_what_a_wrapped_function_holds_is_no_code(wrap):
+    """So `trust=True`, which vouches for code, vouches for no tensor."""
+    one, same, other = wrap(closing(ONES)), wrap(closing(ONES)), wrap(closing(2 * ONES))
+    assert differ(one, same) == []
+    before = identity.of_callable(one, "loss").parts
+    assert identity.changed(identity.of_callable(other, "loss"), before, trust=True) != []
+    assert differ(wrap(lambda x: x + 1), wrap(lambda x: x + 2)) != []
