@@ -46,6 +46,12 @@ from .bytecode import (
 _busy: list = []  # the runs whose identity is being taken, as a loss may name its own run
 
 
+def _pickles_itself(kind: type) -> bool:
+    """Whether a class says itself what of its objects is to be kept."""
+    of_all = ("__reduce__", "__reduce_ex__", "__getstate__")
+    return any(getattr(kind, name) is not getattr(object, name) for name in of_all)
+
+
 class Content:
     """Takes digests; `libraries` are the top packages met, `unknown` the reasons of the last digest."""
 
@@ -122,7 +128,17 @@ class Content:
             self._tensor(x)
         elif kind is types.CodeType:
             self._code(x)
-        elif isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format | range | slice):
+        elif isinstance(
+            x,
+            torch.dtype
+            | torch.device
+            | torch.layout
+            | torch.memory_format
+            | torch.finfo
+            | torch.iinfo
+            | range
+            | slice,
+        ):
             self._say(kind.__name__, repr(x))
         elif id(x) in self._seen:
             self._say("again", self._seen[id(x)][0])
@@ -266,6 +282,8 @@ class Content:
         if isinstance(x, set | frozenset):
             self._unordered(x)
             return self._put(read)
+        if not is_user_class(kind) and _pickles_itself(kind):
+            return self._reduced(x, kind)  # without its caches, such as a path's own hash
         if hidden(kind) or not (read or is_user_class(kind)):
             self._reduced(x, kind)
         self._put(read)

@@ -1,9 +1,11 @@
 """What a thing is: an edit that may change a result changes its identity, and names what changed."""
 
 import dataclasses
+import datetime
 import enum
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ import threading
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,6 +189,12 @@ PAIRS = {
     "NumPy's generator": (np.random.default_rng(1), np.random.default_rng(2)),
     "Python's generator": (__import__("random").Random(1), __import__("random").Random(2)),
     "a deque": (__import__("collections").deque([1]), __import__("collections").deque([2])),
+    "a path": (pathlib.Path("a"), pathlib.Path("b")),
+    "a table": (pd.DataFrame({"a": [1.0, 2.0]}), pd.DataFrame({"a": [1.0, 3.0]})),
+    "a date": (datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)),
+    "an error": (ValueError("a"), ValueError("b")),
+    "a namespace": (types.SimpleNamespace(a=1), types.SimpleNamespace(a=2)),
+    "limits": (torch.finfo(torch.float32), torch.finfo(torch.float64)),
     "a pattern": (__import__("re").compile("a"), __import__("re").compile("b")),
     "a partial": (
         functools.partial(F.gelu, approximate="none"),
@@ -219,6 +228,13 @@ def test_equal_content_is_equal():
         lambda: {"b", "a"},
     ):
         assert differ(closing(make()), closing(make())) == []
+
+
+def test_caches_are_no_content():
+    path = pathlib.Path("a/b")
+    before = identity.of_callable(closing(path), "measure")
+    assert hash(path) and str(path) and path.parts
+    assert identity.of_callable(closing(path), "measure") == before
 
 
 def test_a_helper_module(monkeypatch):
