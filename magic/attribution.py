@@ -8,9 +8,10 @@ is its first-order use, and `magic.lds` says how well that holds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import zipfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import determinism, identity
 from .health import Health
 from .inputs import check_indices
 from .planning import Plan
@@ -28,6 +30,22 @@ from .run import Run
 from .show import Table
 from .where import Where, describe
 from .where import settle as settle_where
+
+KEPT = ("where", "tangent", "run_parts", "measure_parts", "made")  # in a file, besides the numbers
+
+
+def _checked_meta(meta) -> dict:
+    """What a file says of its scores; ValueError if `save` cannot have written it."""
+    texts = {"run": str, "where": str, "made": str, "tangent": bool, "run_parts": dict, "measure_parts": dict}
+    if not isinstance(meta, dict) or "run" not in meta:
+        raise ValueError("it does not say of which run it is")
+    for name, kind in texts.items():
+        value = meta.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"its {name} is {value!r}")
+        if kind is dict and value and not all(isinstance(x, str) for x in value.values()):
+            raise ValueError(f"its {name} holds what is no digest")
+    return meta
 
 
 @dataclass(eq=False, repr=False)
@@ -44,6 +62,8 @@ class Attribution(Table):
     plan     what the replay kept and repeated
     health   how far the scores can be trusted
     run_fingerprint   the run's, which `save` keeps
+    run_parts, measure_parts   the identity of run and measure when the scores were made, part by part
+    made     when that was
     """
 
     values: Tensor
@@ -56,10 +76,17 @@ class Attribution(Table):
     run_fingerprint: str | None = None
     where: str | None = None
     tangent: bool = True
+    run_parts: dict[str, str] | None = None
+    measure_parts: dict[str, str] | None = None
+    made: str | None = None
 
     def __post_init__(self):
-        if self.run is not None:
-            self.run_fingerprint = self.run.fingerprint()
+        if self.run is not None and self.run_parts is None:
+            self.run_parts = self.run.identity()
+            self.run_fingerprint = determinism.digest(repr(self.run_parts))
+        if self.measure is not None and self.measure_parts is None:
+            self.measure_parts = identity.of_callable(self.measure, "measure").parts
+        self.made = self.made or time.strftime("%Y-%m-%d %H:%M")
         k, n = self.values.shape if self.values.dim() == 2 else (None, None)
         if k is None or self.outputs.shape != (k,) or self.at.shape != (n,):
             raise ValueError(
@@ -104,7 +131,7 @@ class Attribution(Table):
             raise ValueError(
                 f"values must be {tuple(self.values.shape)}, (K, n); they are {tuple(values.shape)}"
             )
-        return Attribution(values, self.outputs, self.at, self.run, self.measure, where=self.where)
+        return dataclasses.replace(self, values=values, plan=None, health=None)
 
     def top(self, target: int = 0, k: int = 5):
         """The k most helpful and the k most harmful examples for one output, read as a loss.
@@ -133,9 +160,11 @@ class Attribution(Table):
         return pandas.DataFrame(rows, columns=columns)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the numbers (not run and measure) as a NumPy .npz without pickle, whole or not at all."""
+        """Write the numbers, and the identity of run and measure but not these themselves, as a NumPy .npz
+        without pickle, whole or not at all."""
         path = os.fspath(path)
-        meta = {"format": 1, "run": self.run_fingerprint, "where": self.where}
+        meta = {"format": 2, "run": self.run_fingerprint}
+        meta |= {name: getattr(self, name) for name in KEPT}
         arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
         with open(path + ".part", "wb") as file:
             np.savez(
@@ -146,22 +175,54 @@ class Attribution(Table):
         os.replace(path + ".part", path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, run: Run | None = None, measure: Callable | None = None):
-        """Read what `save` wrote. With `run` given, refuse scores that were computed on another run."""
+    def load(
+        cls,
+        path: str | os.PathLike,
+        run: Run | None = None,
+        measure: Callable | None = None,
+        trust: bool | Iterable[str] = False,
+    ) -> Attribution:
+        """Read what `save` wrote. With `run` or `measure` given, refuse scores made from another one.
+
+        trust  names of changed parts that the reader vouches for; True for all code, and for all that
+               cannot be known
+        """
+        path = os.fspath(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                meta = json.loads(file["meta"].tobytes())
+                meta = _checked_meta(json.loads(file["meta"].tobytes()))
                 values, outputs, at = (torch.from_numpy(file[k]) for k in ("values", "outputs", "at"))
-        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{os.fspath(path)} was not written by Attribution.save: {error}") from error
-        if run is not None and meta["run"] not in (None, run.fingerprint()):
+            kept = {name: meta[name] for name in KEPT if name in meta}
+            found = cls(values, outputs, at, run_fingerprint=meta["run"], **kept)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a hostile file fails in zlib, in struct, in NumPy or in json
+            raise ValueError(f"{path} was not written by Attribution.save: {error}") from error
+        found._serves(path, run, measure, trust)
+        found.run, found.measure = run, measure
+        return found
+
+    def _serves(self, path: str, run: Run | None, measure: Callable | None, trust) -> None:
+        """Raise ValueError unless these scores, read from `path`, are of this run and this measure."""
+        here, there, mine = identity.Identity(), {}, {}
+        if run is not None and (self.run_parts or self.run_fingerprint):
+            mine = run.identity()
+            here |= identity.Identity(mine, run.unknown())
+            there |= self.run_parts or {}
+        if measure is not None and (self.measure_parts or self.run_parts or self.run_fingerprint):
+            here |= identity.of_callable(measure, "measure")
+            there |= self.measure_parts or {}
+        if names := identity.changed(here, there, trust):
+            whose = "run" if mine.keys() & set(names) else "measure"
             raise ValueError(
-                f"{os.fspath(path)} holds scores of run {meta['run']}; this run is {run.fingerprint()}. "
-                "Load without run=, or attribute this one"
+                identity.refusal(
+                    f"{path} holds scores of another {whose}",
+                    names,
+                    self.made,
+                    "Load without run= and measure=, or attribute what is here into another file",
+                    here.unknown,
+                )
             )
-        return cls(values, outputs, at, run, measure, run_fingerprint=meta["run"], where=meta.get("where"))
 
     def rows(self) -> list[tuple[str, str]]:
         k, n = self.values.shape

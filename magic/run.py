@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import determinism, inputs, optim
+from . import determinism, identity, inputs, optim
 from .equivalents import differentiable
 from .show import bar
 from .state import State
@@ -186,9 +186,9 @@ class Run:
             )
         return weights
 
-    def identity(self) -> dict[str, str]:
-        """What defines the run, by name, each as a fingerprint. Left out: the code of model and loss,
-        and the items of a Dataset."""
+    def identity(self, fresh: bool = False) -> dict[str, str]:
+        """What defines the run, by name, each as a fingerprint; the code of model and loss, and what they
+        hold, among it. All is read again at each call, but a Dataset's items only if `fresh`."""
         parts: dict[str, object] = {
             "the start s_0": self.initial.fingerprint(),
             "the model's constants or modes": (
@@ -198,11 +198,24 @@ class Run:
             "the optimizer or its hyper-parameters": (self.rule.__name__, self.hypers, self.group_of),
             "the order of the batches": [determinism.fingerprint(b) for b in self.batches],
             "normalize or seed": (self.normalize, self.seed),
-            "the data": [determinism.fingerprint(x) for x in self.data]
-            if isinstance(self.data, tuple)
-            else self.n,
         }
-        return {name: determinism.digest(repr(part)) for name, part in parts.items()}
+        if isinstance(self.data, tuple):
+            parts["the data"] = [determinism.fingerprint(x) for x in self.data]
+        found = {name: determinism.digest(repr(part)) for name, part in parts.items()}
+        return found | self._outer_identity(fresh).parts
+
+    def unknown(self) -> dict[str, str]:
+        """The parts of `identity` that cannot be known whole, and why (a C extension, a call of eval)."""
+        return self._outer_identity().unknown
+
+    def _outer_identity(self, fresh: bool = False) -> identity.Identity:
+        """The identity of what the user wrote: the model, the loss, and a Dataset's items."""
+        found = identity.of_model(self._model) | identity.of_callable(self.loss, "loss")
+        if isinstance(self.data, tuple):
+            return found
+        if fresh or "_items" not in self.__dict__:
+            self._items = identity.of_dataset(self.data, self.n)
+        return found | self._items
 
     def fingerprint(self) -> str:
         """16 hex digits of `identity`."""

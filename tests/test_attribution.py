@@ -109,9 +109,9 @@ def test_save_and_load(scored, tmp_path):
     assert torch.equal(magic.Attribution.load(path).removal_effect([1]), scores.removal_effect([1]))
     magic.Attribution.load(path).save(tmp_path / "again.npz")
     other, *_ = cases.build("adam")
-    with pytest.raises(ValueError, match="holds scores of run"):
+    with pytest.raises(ValueError, match="holds scores of another run"):
         magic.Attribution.load(tmp_path / "again.npz", other)
-    with pytest.raises(ValueError, match="holds scores of run"):
+    with pytest.raises(ValueError, match="holds scores of another run"):
         magic.Attribution.load(path, other)
     partly, model, *_ = cases.build("frozen-and-unused")
     with torch.no_grad():
