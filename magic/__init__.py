@@ -12,12 +12,14 @@ from .attribution import Attribution, attribute
 from .bank import Bank
 from .best_linear import Optimality, optimality
 from .determinism import NotDeterministic, fingerprint
+from .finite import NonFinite
 from .health import Health
 from .judgement import Comparison, compare, lds, leave_one_out
+from .order import batches
 from .planning import Plan, plan
 from .replay import train
 from .retraining import retrain
-from .run import NonFinite, Run, batches
+from .run import Run
 from .second_order import Curvature, curvature
 from .state import State
 from .verify import ReplayMismatch

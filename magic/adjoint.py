@@ -27,7 +27,9 @@ from .equivalents import differentiable
 from .inputs import graph_nodes
 from .optim_adjoint import ADJOINTS, Pull
 from .run import Run
-from .state import State
+from .state import Cotangent, State
+from .stopgradients import Stops
+from .verify import Passed
 
 
 class NotDifferentiable(RuntimeError):
@@ -143,6 +145,7 @@ class Traced:
     grads           name -> gradient, of the parameters that the step uses
     buffers_after   the buffers of s_{t+1}, as functions of the leaves
     after           s_{t+1}, or None where it was not asked for
+    escaped         operations through which a number that depends on the parameters left PyTorch
     """
 
     state: State
@@ -152,13 +155,15 @@ class Traced:
     grads: dict[str, Tensor]
     buffers_after: dict[str, Tensor]
     after: State | None
+    escaped: tuple[str, ...] = ()
 
 
-def trace(run: Run, state: State, weights: Tensor, step: bool = True) -> Traced:
+def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
     """Do step t with its gradient's own graph recorded; with `step`, go on to s_{t+1}.
 
     s_{t+1} has training's bits: the graph is recorded around the operations that training uses. Only
     where an expression with other bits stood in for one is the step done once more, as in training.
+    The total loss is compared with the one that training `passed` here.
     """
     t = state.step
     with torch.enable_grad(), refusing(f"step {t}"):
@@ -167,20 +172,23 @@ def trace(run: Run, state: State, weights: Tensor, step: bool = True) -> Traced:
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
         gradient = run.gradient(params, buffers, weight, t, create_graph=True)
     after = None
-    if step:
-        after = (
-            run.moved_on(state, weight.detach(), gradient) if gradient.same_bits else run.step(state, weights)
-        )
+    if step and gradient.same_bits:
+        after = run.moved_on(state, weight.detach(), gradient, passed)
+    elif step:
+        after = run.step(state, weights, passed)
+    elif passed is not None:
+        total = gradient.total.item() if gradient.same_bits else run.total(state, weights)
+        passed.witness(t, total)
     grads = {name: g for name, g in gradient.by_name.items() if g is not None}
-    return Traced(state, params, buffers, weight, grads, gradient.buffers, after)
+    return Traced(state, params, buffers, weight, grads, gradient.buffers, after, gradient.escaped)
 
 
 def step_vjp(
-    run: Run, state: State, cotangent: State, weights: Tensor, *, chunk: int = CHUNK
-) -> tuple[State, Tensor]:
+    run: Run, state: State, cotangent: Cotangent, weights: Tensor, *, chunk: int = CHUNK
+) -> tuple[Cotangent, Tensor]:
     """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
 
-    cotangent  a State whose tensors have a leading axis K
+    cotangent  that of s_{t+1}; each tensor has a leading axis K
     chunk      how many of the K targets are pulled back at once
     returns    ∂φ/∂s_t in the same form, of the buffers only those that depend on the weights by then,
                and what the step adds to ∂φ/∂w: (K, B), for batches[t]
@@ -189,7 +197,9 @@ def step_vjp(
     return traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
 
 
-def traced_vjp(run: Run, traced: Traced, cotangent: State, chunk: int = CHUNK) -> tuple[State, Tensor]:
+def traced_vjp(
+    run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK
+) -> tuple[Cotangent, Tensor]:
     """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up."""
     state, t, moved = traced.state, traced.state.step, run.moved(traced.state)
     updates = _adjoints(run, traced)
@@ -218,7 +228,7 @@ def traced_vjp(run: Run, traced: Traced, cotangent: State, chunk: int = CHUNK) -
         name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
         for name, slots in state.slots.items()
     }
-    return State(cotangent.params, to_buffers, before, t), scores
+    return Cotangent(cotangent.params, to_buffers, before, t), scores
 
 
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
@@ -233,19 +243,19 @@ def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
 
 def measure_vjp(
     run: Run, state: State, measure: Callable, rows: slice | None = None, chunk: int = CHUNK
-) -> State:
+) -> Cotangent:
     """Δ_T = ∂φ/∂s_T for the K numbers that measure(model) returns, or those in `rows`: (K, ...) tensors."""
     moved = run.moved(state)
     with torch.enable_grad(), refusing("measure"):
         params = _leaves(state.params)
         buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
-        with differentiable():
+        with differentiable(), Stops(cuts=False):
             outputs = run.measured(measure, params, buffers)
         if not outputs.requires_grad:
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "
-                "rounding, no_grad(), detach() or .item() in it, or a model from outside. A loss or a "
-                "margin has a derivative, an accuracy has none"
+                "rounding or .item() in it, or a model from outside. A loss or a margin has a derivative, "
+                "an accuracy has none"
             )
         inputs = [*params.values(), *(buffers[name] for name in moved)]
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]
@@ -260,4 +270,4 @@ def measure_vjp(
         name: {k: x.new_zeros(len(one_each), *x.shape) for k, x in slots.items() if x.is_floating_point()}
         for name, slots in state.slots.items()
     }
-    return State(to_params, to_buffers, to_slots, state.step)
+    return Cotangent(to_params, to_buffers, to_slots, state.step)

@@ -157,13 +157,28 @@ def _check_options(group: dict) -> None:
             raise ValueError(f"{option} is a tensor; pass a Python float")
 
 
-def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> list[list[dict]]:
+class Frozen(dict):
+    """Hyper-parameters of one group at one step. They are part of the run, so nothing changes them."""
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError("the hyper-parameters of a run cannot be changed; make a new Run")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self):
+        return Frozen, (dict(self),)
+
+    def __deepcopy__(self, memo) -> Frozen:
+        return self
+
+
+def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> tuple[tuple[Frozen, ...], ...]:
     """Each step's hyper-parameters, [t][group]: what `optimizer.step(); scheduler.step()` would use.
 
     The scheduler is stepped once per training step, on a copy; the user's objects stay as they are.
     """
     if scheduler is None:
-        return [_read_groups(optimizer)] * steps
+        return (_read_groups(optimizer),) * steps
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
             "ReduceLROnPlateau reads a metric, so its rates are not known before the run; "
@@ -180,10 +195,10 @@ def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> list[list
             "the scheduler gave other rates when it was rehearsed again: it reads a counter, random numbers "
             "or a clock; make its rates a function of the step alone"
         )
-    return values
+    return tuple(values)
 
 
-def _rehearse(scheduler, optimizer: torch.optim.Optimizer, steps: int) -> list[list[dict]]:
+def _rehearse(scheduler, optimizer: torch.optim.Optimizer, steps: int) -> list[tuple[Frozen, ...]]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rehearsal = copy.deepcopy(scheduler, {id(p): p for p in parameters})
     values = []
@@ -215,5 +230,7 @@ def _check_scheduler(scheduler, optimizer: torch.optim.Optimizer) -> None:
                     )
 
 
-def _read_groups(optimizer: torch.optim.Optimizer) -> list[dict]:
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+def _read_groups(optimizer: torch.optim.Optimizer) -> tuple[Frozen, ...]:
+    return tuple(
+        Frozen({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups
+    )

@@ -17,9 +17,10 @@ from torch import Tensor
 from . import determinism, footprint, health, schedule
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
 from .directory import Directory, Progress
+from .finite import NonFinite, checked
 from .optim_adjoint import warn_of_underflow
 from .planning import Plan
-from .run import NonFinite, Run
+from .run import Run
 from .show import bar
 from .state import State
 from .store import Host, Memory, Store
@@ -164,7 +165,7 @@ class _Sweeps:
         """Step with the trace kept. It stands for training's step; in the middle and at the end that is
         checked, if training has not been there."""
         t, run, passed = self.state.step, self.run, self.passed
-        traced = trace(run, self.state, self.weights)
+        traced = trace(run, self.state, self.weights, passed=passed)
         fresh = t + 1 in (run.steps // 2, run.steps) and t + 1 not in passed.noted
         if fresh and checksums(run.step(self.state, self.weights)) != checksums(traced.after):
             raise ReplayMismatch(
@@ -179,10 +180,12 @@ class _Sweeps:
     def adjoint(self, t: int) -> None:
         """Pull the cotangent back through step t."""
         run = self.run
-        traced = self.traced.pop(t, None) or trace(run, self.state, self.weights, step=False)
+        traced = self.traced.pop(t, None) or trace(
+            run, self.state, self.weights, step=False, passed=self.passed
+        )
         if self.cotangent is None:
             self.turn(traced)
-        elif t in (run.steps // 3, 2 * run.steps // 3) and t not in self.witnessed:
+        elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or traced.escaped):
             self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
             self.check_underflow(traced)
         self.cotangent, scores = traced_vjp(run, traced, self.cotangent, self.plan.chunk)
@@ -198,7 +201,7 @@ class _Sweeps:
         """The end of the way down: measure the trained model, and take the cotangent of the outputs."""
         run, T = self.run, self.run.steps
         if last.after is not None:
-            final = run.checked(last.after)
+            final = checked(last.after, run.initial)
         else:
             final = run.advance(last.state, T, self.weights, self.passed, self.after_step)
         if T not in self.witnessed:
@@ -227,17 +230,16 @@ class _Sweeps:
 def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
     """K, and the bytes that differentiating one of the K outputs holds. A mistake is told before training."""
     targets = len(measured_outputs(run, run.initial, measure, finite=False))
+    anywhere = replace(run.initial, moved=None)  # it may read only buffers that training will write
     with determinism.fix():
-        _, _, peak = footprint.measured(
-            lambda: measure_vjp(run, run.initial, measure, slice(0, 1)), run.device
-        )
+        _, _, peak = footprint.measured(lambda: measure_vjp(run, anywhere, measure, slice(0, 1)), run.device)
     return targets, peak
 
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:
     """φ at this state, (K,), computed as a user would: with PyTorch's own operations."""
     with torch.no_grad(), determinism.fix():
-        outputs = run.measured(measure, state.params, state.buffers)
+        outputs = run.measured(measure, state.params, state.buffers).detach()
     if finite and not outputs.isfinite().all():
         raise NonFinite(f"measure returned {outputs[~outputs.isfinite()][0].item()} for the trained model")
     return outputs

@@ -23,32 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import determinism, identity, inputs, optim
+from . import determinism, finite, identity, inputs, optim
 from .equivalents import differentiable
 from .show import bar
 from .state import State
+from .stopgradients import Stops, uses_of
 from .trial import first_step
 from .verify import Passed
 
-
-class NonFinite(ArithmeticError):
-    """A number of the run became NaN or infinite; the message says at which step and where."""
-
-
-def batches(n: int, size: int, epochs: int, seed: int = 0) -> Tensor:
-    """The order of training: a (T, B) tensor of indices into n examples, T = epochs · (n // size).
-
-    Each epoch is a fresh permutation; the n % size examples left over at its end are skipped, others
-    in each epoch, so that every batch has the same size. The order depends on `seed` alone.
-    """
-    if not 1 <= size <= n:
-        raise ValueError(f"size={size}: a batch holds between 1 and n={n} examples")
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs}: at least one epoch is needed")
-    generator = torch.Generator().manual_seed(seed)
-    per_epoch = n // size
-    orders = [torch.randperm(n, generator=generator, device="cpu")[: per_epoch * size] for _ in range(epochs)]
-    return torch.stack(orders).reshape(epochs * per_epoch, size)
+REMEMBERED = 8  # trainings whose record is kept; those before are forgotten
 
 
 class _Call(nn.Module):
@@ -68,14 +51,17 @@ class Gradient:
 
     total      the weighted loss, a scalar
     by_name    parameter -> gradient, or None where the step does not use the parameter
-    buffers    the buffers after the forward pass
+    buffers    the buffers after the forward pass, and the names of those that it wrote
     same_bits  no operation was replaced by one with other bits
+    escaped    operations through which a number that depends on the parameters left PyTorch
     """
 
     total: Tensor
     by_name: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
+    written: frozenset[str]
     same_bits: bool
+    escaped: tuple[str, ...] = ()
 
 
 class Run:
@@ -125,7 +111,7 @@ class Run:
         self._passed: dict[str, Passed] = {}
         params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
         buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
-        self.initial = State(params, buffers, {name: {} for name in params})
+        self.initial = State(params, buffers, {name: {} for name in params}, moved=frozenset())
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._outside = weakref.WeakValueDictionary(model.named_parameters())
         first_step(self, model)
@@ -254,37 +240,66 @@ class Run:
         inputs.check_mode(self.device)
         determinism.seed_step(self.seed, t)
         batch = self.batch(t)
+        held = {name: x.clone() for name, x in buffers.items()}
+
+        stops = Stops(cuts=True, buffers=held.values())
 
         def weighted(model):
-            with differentiable() if create_graph else contextlib.nullcontext() as replace:
+            with contextlib.ExitStack() as modes:
+                replace = modes.enter_context(differentiable()) if create_graph else None
+                if create_graph:
+                    modes.enter_context(stops)
                 losses = self.loss(model, *batch)
-            inputs.check_losses(losses, len(weight), t)
             inputs.check_leaves(params, t)
-            w = weight.to(losses.dtype)
-            total = (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
+            total = self._total(losses, weight, t)
             leaves = list(params.values())
             grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
-            return total, grads, not (replace and replace.rewritten)
+            if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
+                used = uses_of(total, leaves)
+                grads = [g if i in used else None for i, g in enumerate(grads)]
+            stops.pulling = True
+            return total, grads, not (replace and replace.rewritten) and not stops.stopped
 
         before = [p._version for p in params.values()]
-        (total, grads, same_bits), after = self.apply(weighted, params, buffers)
+        (total, grads, same_bits), after = self.apply(weighted, params, buffers, held=held)
         for (name, p), version in zip(params.items(), before, strict=True):
             if p._version != version:
                 raise ValueError(
                     f"step {t}: the model changes its parameters or buffers in place, behind autograd's "
                     f"back: {name!r}; return the new value, or do it in the optimizer"
                 )
-        return Gradient(total, dict(zip(params, grads, strict=True)), after, same_bits)
+        written = frozenset(name for name, b in after.items() if b is not buffers[name])
+        by_name = dict(zip(params, grads, strict=True))
+        return Gradient(total, by_name, after, written, same_bits, tuple(stops.escaped))
+
+    def _total(self, losses: Tensor, weight: Tensor, t: int) -> Tensor:
+        """Σ wᵢℓᵢ / B, or / Σ wᵢ."""
+        inputs.check_losses(losses, len(weight), t)
+        w = weight.to(losses.dtype)
+        return (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
+
+    def total(self, state: State, weights: Tensor) -> float:
+        """The weighted loss of the step at `state`, with training's bits."""
+        t = state.step
+        determinism.seed_step(self.seed, t)
+        batch, weight = self.batch(t), weights[self.batches[t].to(weights.device)]
+        with torch.enable_grad():  # some kernels are others where no gradient is taken
+            leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
+            losses, _ = self.apply(lambda model: self.loss(model, *batch), leaves, state.buffers)
+            return self._total(losses, weight, t).item()
 
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
         """measure(model), (K,), with these tensors in the model and the model in eval mode.
 
-        It sees a copy, so what it does to the model ends with it.
+        It sees a copy, so what it does to the model ends with it. The numbers may carry a graph.
         """
         determinism.seed_step(self.seed, self.steps)
         shared = {id(x): x for x in (*self._model.parameters(), *self._model.buffers())}
         model = inputs.clean_copy(self._model, shared).eval()
-        out, _ = self.apply(measure, params, buffers, call=_Call(model))
+        with torch.enable_grad():  # a measure may take gradients itself, or write into the model
+            leaves = (p if p.requires_grad else p.detach().requires_grad_() for p in params.values())
+            params = {name: p.clone() for name, p in zip(params, leaves, strict=True)}
+            out, _ = self.apply(measure, params, buffers, call=_Call(model))
         if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -301,31 +316,39 @@ class Run:
             )
         return out
 
-    def apply(self, f: Callable, params: dict, buffers: dict, *, call: _Call | None = None) -> tuple:
-        """f(model) with these tensors in the model, and the buffers it left."""
-        tensors = {f"model.{name}": x for name, x in params.items()}
-        tensors |= {f"model.{name}": x.clone() for name, x in buffers.items()}
+    def apply(
+        self, f: Callable, params: dict, buffers: dict, *, call: _Call | None = None, held: dict | None = None
+    ) -> tuple:
+        """f(model) with these tensors in the model, and the buffers it left: the given tensor of a buffer
+        that it did not write. `held` are copies of the buffers to put into the model."""
+        held = held or {name: x.clone() for name, x in buffers.items()}
+        fresh = {name: x._version for name, x in held.items()}
+        tensors = {f"model.{name}": x for name, x in {**params, **held}.items()}
         out = functional_call(call or self._call, tensors, (f,))
-        return out, {name: tensors[f"model.{name}"] for name in buffers}
+        after = {name: tensors[f"model.{name}"] for name in buffers}
+        for name, x in after.items():
+            if x is held[name] and x._version == fresh[name] and torch.equal(x, buffers[name]):
+                after[name] = buffers[name]
+        return out, after
 
     def moved(self, state: State) -> list[str]:
-        """The floating-point buffers that training has changed by now; the others are constants so far.
+        """The floating-point buffers that training has written by now; the others are constants so far."""
+        return [k for k, b in state.buffers.items() if k in state.moved and b.is_floating_point()]
 
-        A step hands on a buffer it leaves alone as the same tensor, so this is a matter of identity.
-        """
-        initial = self.initial.buffers
-        return [k for k, b in state.buffers.items() if b is not initial[k] and b.is_floating_point()]
+    def step(self, state: State, weights: Tensor, passed: Passed | None = None) -> State:
+        """h_t: s_t, batch_t, weights -> s_{t+1}. Pure: no argument is changed, nothing is remembered.
 
-    def step(self, state: State, weights: Tensor) -> State:
-        """h_t: s_t, batch_t, weights -> s_{t+1}. Pure: no argument is changed, nothing is remembered."""
+        Only `passed`, where it is given, notes the step's total loss, or compares it."""
         t = state.step
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
             weight = weights[self.batches[t].to(weights.device)]
             gradient = self.gradient(leaves, state.buffers, weight, t)
-        return self.moved_on(state, weight, gradient)
+        return self.moved_on(state, weight, gradient, passed)
 
-    def moved_on(self, state: State, weight: Tensor, gradient: Gradient) -> State:
+    def moved_on(
+        self, state: State, weight: Tensor, gradient: Gradient, passed: Passed | None = None
+    ) -> State:
         """s_{t+1}, from the gradient at s_t: the optimizer's update, and the buffers."""
         t, total, grads = state.step, gradient.total, gradient.by_name
         if all(grad is None for grad in grads.values()):
@@ -334,7 +357,9 @@ class Run:
                 "first argument, not a model from outside"
             )
         if not math.isfinite(total.item()):
-            raise NonFinite(self._why_not_finite(state, weight, total))
+            raise finite.why(self, state, weight, total)
+        if passed is not None:
+            passed.witness(t, total.item())
         params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]
         for name, grad in grads.items():
             if grad is None:  # not used in this step: PyTorch's optimizers pass it over, too
@@ -343,17 +368,19 @@ class Run:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
             group = hyper[self.group_of[name]]
             params[name], slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
-        buffers = {k: self._kept(k, b, gradient.buffers[k].detach()) for k, b in state.buffers.items()}
-        return State(params, buffers, slots, t + 1)
-
-    def _kept(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        """The buffer after a step: the same tensor as long as training has never changed it."""
-        same = before is self.initial.buffers[name] and torch.equal(before, after)
-        return before if same else inputs.check_moved(name, after)
+        buffers = dict(state.buffers)
+        for name in gradient.written:
+            buffers[name] = inputs.check_moved(name, gradient.buffers[name].detach())
+        return State(params, buffers, slots, t + 1, state.moved | gradient.written)
 
     def passed(self, weights: Tensor) -> Passed:
-        """What training with these weights passed through, as far as it is known."""
-        return self._passed.setdefault(determinism.fingerprint(weights), Passed(self.steps))
+        """What training with these weights passed through, as far as it is known; of the latest trainings."""
+        key = determinism.fingerprint(weights)
+        found = self._passed.pop(key, None) or Passed(self.steps)
+        self._passed[key] = found  # the latest last
+        while len(self._passed) > REMEMBERED:
+            del self._passed[next(iter(self._passed))]
+        return found
 
     def advance(
         self, state: State, to: int, weights: Tensor, passed: Passed, after: Callable[[State], object]
@@ -361,39 +388,8 @@ class Run:
         """Step from `state` to step `to`, calling `after` with each; at noted steps, note or compare."""
         while state.step < to:
             with determinism.refusing():
-                state = self.step(state, weights)
+                state = self.step(state, weights, passed)
             if passed.notes(state.step):
                 passed.compare(state)
             after(state)
-        return self.checked(state) if to == self.steps else state
-
-    def checked(self, final: State) -> State:
-        """The last state, if all its tensors are finite."""
-        if where := self._not_finite(final):
-            t = final.step
-            raise NonFinite(f"step {t}: {where[0]!r} is not finite; lower the learning rate or warm it up")
-        return final
-
-    def _not_finite(self, state: State) -> list[str]:
-        constant = {f"buffers/{k}" for k in state.buffers} - {f"buffers/{k}" for k in self.moved(state)}
-        flat = state.flatten().items()
-        return [name for name, x in flat if name not in constant and not x.isfinite().all()]
-
-    def _why_not_finite(self, state: State, weight: Tensor, total: Tensor) -> str:
-        where = self._not_finite(state)
-        if self.normalize == "weights" and weight.sum() == 0:
-            cause = 'every example of its batch has weight 0; use normalize="batch" or larger batches'
-        elif where:
-            cause = f"{where[0]!r} is not finite; lower the learning rate or warm it up"
-        else:
-            largest = max(x.abs().max().item() for x in state.params.values() if x.numel())
-            with torch.no_grad():
-                batch = self.batch(state.step)
-                losses, _ = self.apply(lambda model: self.loss(model, *batch), state.params, state.buffers)
-            examples = self.batches[state.step][(~losses.isfinite()).cpu()].tolist()
-            cause = (
-                f"a per-example loss is NaN or infinite (examples {examples[:5]}) while every parameter is "
-                f"finite (the largest is {largest:.3g}): look at these examples and at loss, or lower the "
-                "learning rate"
-            )
-        return f"step {state.step}: the loss is {total.item()}: {cause}"
+        return finite.checked(state, self.initial) if to == self.steps else state

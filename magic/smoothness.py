@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import subsets
 from .attribution import attribute
-from .run import NonFinite, Run
+from .finite import NonFinite
+from .run import Run
 from .show import needs
 from .state import State
 

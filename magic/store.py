@@ -55,20 +55,31 @@ class Host(Memory):
     def __init__(self, device: torch.device, constant: State):
         super().__init__()
         self._device = device
-        self._constant = {id(x): x for x in constant.buffers.values()}
+        self._constant = constant
         self._on_host: dict[int, set[str]] = {}
 
     def keep(self, state: State) -> State:
         self._on_host[state.step] = {k for k, x in state.flatten().items() if x.device.type == "cpu"}
-        return state.map(lambda x: x if id(x) in self._constant else _pinned(x))
+        flat = {name: _pinned(x) for name, x in written(state).items()}
+        return with_constants(flat, state.step, state.moved, self._constant)
 
     def give_back(self, state: State) -> State:
         there = self._on_host[state.step]
-        flat = {
-            k: x if k in there or id(x) in self._constant else x.to(self._device)
-            for k, x in state.flatten().items()
-        }
-        return State.unflatten(flat, state.step)
+        flat = {k: x if k in there else x.to(self._device) for k, x in written(state).items()}
+        return with_constants(flat, state.step, state.moved, self._constant)
+
+
+def written(state: State) -> dict[str, torch.Tensor]:
+    """The tensors of a state, flat, without the buffers that are still those of s_0."""
+    constant = {f"buffers/{name}" for name in state.buffers if name not in state.moved}
+    return {name: x for name, x in state.flatten().items() if name not in constant}
+
+
+def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State) -> State:
+    """The state that `written` gives this of; its other buffers are those of s_0."""
+    constant = {f"buffers/{name}": b for name, b in initial.buffers.items() if name not in moved}
+    order = {f"buffers/{name}": None for name in initial.buffers}
+    return State.unflatten({**order, **flat, **constant}, step, moved=moved)
 
 
 def _pinned(x: torch.Tensor) -> torch.Tensor:
@@ -92,22 +103,14 @@ class Disk:
 
     def save(self, t: int, state: State) -> None:
         """Write s_t."""
-        initial = self._constant.buffers
-        flat = state.flatten()
-        for name, b in state.buffers.items():
-            if b is initial[name]:
-                del flat[f"buffers/{name}"]
-        write(self.path(t), flat, {"step": t})
+        write(self.path(t), written(state), {"step": t, "moved": sorted(state.moved)})
 
     def load(self, t: int) -> State:
         """s_t; KeyError if it is not kept, ReplayMismatch if its file is damaged."""
         if not self.path(t).exists():
             raise KeyError(t)
         flat, meta = read(self.path(t), next(iter(self._constant.params.values())).device)
-        missing = {k: b for k, b in self._constant.buffers.items() if f"buffers/{k}" not in flat}
-        state = State.unflatten(flat, meta["step"])
-        buffers = {k: missing.get(k, state.buffers.get(k)) for k in self._constant.buffers}
-        return State(state.params, buffers, state.slots, t)
+        return with_constants(flat, t, frozenset(meta["moved"]), self._constant)
 
     def drop(self, t: int) -> None:
         """Remove the file of s_t."""

@@ -16,8 +16,8 @@ from . import determinism, footprint
 from .adjoint import trace, traced_vjp
 from .inputs import graph_nodes
 from .run import Run
-from .state import State
-from .store import Disk
+from .state import Cotangent, State
+from .store import Disk, written
 from .verify import checksums
 from .witness import EXAMPLES
 
@@ -75,10 +75,7 @@ def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
             place = Disk(disk / "trial", run.initial)
             _, disk_seconds = _timed(lambda: (place.save(1, after_first), place.load(1)))
             shutil.rmtree(place.folder)
-    constant = {id(x) for x in run.initial.buffers.values()}
-    nbytes = sum(
-        x.numel() * x.element_size() for x in after_first.flatten().values() if id(x) not in constant
-    )
+    nbytes = sum(x.numel() * x.element_size() for x in written(after_first).values())
     gradient = sum(x.numel() * x.element_size() for x in run.initial.params.values())
     share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0]) * 8 / run.dtype.itemsize
     return Trial(
@@ -107,10 +104,11 @@ def _timed(work: Callable):
     return result, time.perf_counter() - start
 
 
-def _ones(state: State, count: int) -> State:
+def _ones(state: State, count: int) -> Cotangent:
     """A cotangent of `count` targets, to try with."""
 
     def like(tensors: dict) -> dict:
         return {k: x.new_ones(count, *x.shape) for k, x in tensors.items() if x.is_floating_point()}
 
-    return State(like(state.params), {}, {k: like(slots) for k, slots in state.slots.items()}, state.step)
+    slots = {name: like(of) for name, of in state.slots.items()}
+    return Cotangent(like(state.params), {}, slots, state.step)

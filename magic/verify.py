@@ -47,13 +47,27 @@ def _sum(x: Tensor) -> Tensor:
 
 
 class Passed:
-    """What one training of a run passed through: the checksums of its state at the noted steps."""
+    """What one training of a run passed through.
+
+    noted   the checksums of its state at some steps
+    totals  the total loss of every step done: a witness that costs nothing, since whoever does a step again,
+            or traces it, computes it again. Equal bits say that data, labels, masks and code are still the
+            same, whatever a schedule keeps
+    """
 
     def __init__(self, steps: int, noted: dict[int, dict[str, int]] | None = None, settings=None):
         self.steps = steps
         self.noted = noted or {}
         self.settings = settings or determinism.numerics()
+        self.totals: dict[int, float] = {}
         self.verified = 0
+
+    def witness(self, t: int, total: float) -> None:
+        """Note the total loss of step t, or compare it with what it was."""
+        before = self.totals.setdefault(t, total)
+        if before != total:
+            what = f"the total loss is {total!r} and was {before!r}"
+            raise ReplayMismatch(self._why(t, what))
 
     def notes(self, t: int) -> bool:
         """Whether step t is one of those noted."""
@@ -64,7 +78,7 @@ class Passed:
         for t, sums in noted.items():
             name = next((k for k, v in self.noted.get(t, sums).items() if sums.get(k) != v), None)
             if name is not None:
-                raise ReplayMismatch(self._why(t, name))
+                raise ReplayMismatch(self._why(t, f"{name!r} is not what it was"))
         self.noted |= noted
 
     def compare(self, state: State) -> None:
@@ -74,9 +88,9 @@ class Passed:
         self.verified += known is not sums
         for name in sums:
             if known.get(name) != sums[name]:
-                raise ReplayMismatch(self._why(state.step, name))
+                raise ReplayMismatch(self._why(state.step, f"{name!r} is not what it was"))
 
-    def _why(self, t: int, name: str) -> str:
+    def _why(self, t: int, what: str) -> str:
         now = determinism.numerics()
         changed = [f"{k} was {v}, is {now[k]}" for k, v in self.settings.items() if now[k] != v]
         likely = (
@@ -85,7 +99,7 @@ class Passed:
             else "Likely: an operation that is not deterministic, or data, model or loss changed since. "
             "Make a new Run, and let nothing change under it"
         )
-        return f"step {t}: {name!r} is not what it was when training passed here. {likely}"
+        return f"step {t}: {what} when training passed here. {likely}"
 
 
 def check_stored(state: State, stored: dict[str, int], place: str) -> None:

@@ -393,7 +393,7 @@ def pull_adamw(state, weight, batch, cotangent, lr, beta1, beta2, eps, decay):
 # ## 6 · `magic`'s step
 #
 # `magic.adjoint.step_vjp(run, state, cotangent, weights)` is the pullback for any model and any optimizer that
-# `magic.Run` takes. Its cotangent is a `State` like the one it belongs to, but each tensor has a leading axis $K$: the
+# `magic.Run` takes. Its cotangent, a `Cotangent`, has the tensors of the state it belongs to, each with a leading axis $K$: the
 # four outputs' cotangents go back **together**. `measure_vjp` makes the first. We take a run with AdamW, let `magic` go
 # back through step 21, and then compare the next pull, through step 20, for each output.
 

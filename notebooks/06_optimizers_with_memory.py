@@ -32,6 +32,8 @@
 # About twenty-five minutes to read, one to run; all of it in float64.
 
 # %%
+import dataclasses
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -269,7 +271,7 @@ def forget_slots(*forgotten):
             name: {slot: torch.zeros_like(d) if slot in forgotten else d for slot, d in memory.items()}
             for name, memory in cotangent.slots.items()
         }
-        return magic.State(cotangent.params, cotangent.buffers, slots, cotangent.step)
+        return dataclasses.replace(cotangent, slots=slots)
 
     return forget
 
@@ -608,7 +610,7 @@ print({name: tuple(d.shape) for name, d in first.buffers.items()})
 
 
 def forget_buffers(cotangent):
-    return magic.State(cotangent.params, {}, cotangent.slots, cotangent.step)
+    return dataclasses.replace(cotangent, buffers={})
 
 
 lost = error("BatchNorm", "running statistics", backward("BatchNorm", forget_buffers))

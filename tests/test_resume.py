@@ -141,7 +141,7 @@ def test_what_is_finished_is_read(tmp_path):
     trained = magic.train(run, disk=tmp_path / "training", progress=False)
     again, *_ = cases.build("sgd-momentum")
     steps, step = [], again.step
-    again.step = lambda state, weights: steps.append(state.step) or step(state, weights)
+    again.step = lambda state, *rest: steps.append(state.step) or step(state, *rest)
     second = magic.attribute(again, measure, disk=tmp_path, progress=False)
     assert torch.equal(first.values, second.values) and torch.equal(first.outputs, second.outputs)
     assert max(steps) <= 1, "nothing but the trial of a step"

@@ -108,7 +108,7 @@ def test_a_file_can_be_read_by_others(states, tmp_path):
     Disk(tmp_path, run.initial).save(3, found[3])
     with safe_open(tmp_path / "state-000000003.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()["magic"])
-        assert meta["step"] == 3 and set(meta) == {"step", "order", "fingerprint", "on_cpu"}
+        assert meta["step"] == 3 and set(meta) == {"step", "moved", "order", "fingerprint", "on_cpu"}
         name = next(iter(found[3].params))
         assert torch.equal(file.get_tensor(f"params/{name}"), found[3].params[name])
 
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_in_mid_run(tmp_path, request):
     assert kept.name == "state-000000005.safetensors"
     run, *_ = cases.build("sgd-momentum")
     taken, step = [], run.step
-    run.step = lambda state, weights: taken.append(state.step) or step(state, weights)
+    run.step = lambda state, *rest: taken.append(state.step) or step(state, *rest)
     state = magic.train(run, disk=tmp_path, progress=False)
     assert taken[1:] == list(range(5, run.steps)), "after the first, which tells whose folder it is"
     assert state.fingerprint() == run.train(progress=False).fingerprint()

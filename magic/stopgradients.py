@@ -1,0 +1,152 @@
+"""Stop-gradients, exactly: `detach`, `.data` and `no_grad` inside a loss or a measure.
+
+A loss may hold a quantity x(θ) fixed while its gradient is taken: the weight of a focal loss, a target
+network, the rounding of a straight-through estimator. The step is then g(θ) = ∂L/∂θ with x held fixed,
+and x still moves with θ from step to step. So the derivative of the *step* must flow through x, which
+autograd, having cut x off for good, leaves out:
+
+    dg/dθ = ∂g/∂θ + ∂g/∂x · dx/dθ
+
+`_Stop` is the identity. While g is taken it hands nothing back, as `detach` does; while g is pulled
+back, it hands its cotangent on. In a measure nothing is cut at all: retraining moves what is measured
+along every path, whether autograd is shown it or not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_iter, tree_map_only
+
+DETACH = {torch.Tensor.detach, torch.detach}
+DATA = torch.Tensor.data.__get__  # a new object at each access: compared by ==
+REQUIRES = torch.Tensor.requires_grad.__get__
+IN_PLACE = {torch.Tensor.detach_, torch.detach_}
+# What leaves PyTorch: the number that comes out has no graph, whatever becomes of it.
+OUT = {
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__,
+    torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__complex__,
+}  # fmt: skip
+
+
+class _Stop(torch.autograd.Function):
+    """The identity; its derivative is nothing while the gradient is taken, and the identity afterwards."""
+
+    @staticmethod
+    def forward(ctx, x, stops):
+        ctx.stops = stops
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g if ctx.stops.pulling else None), None
+
+
+class Stops(TorchFunctionMode):
+    """Inside `with Stops(...)`, what autograd would cut off stays in the graph.
+
+    cuts      a loss: `detach` and its like stop the gradient until `pulling` is set. Otherwise, in a
+              measure, they do nothing
+    buffers   the tensors in the place of the model's buffers, which may be written under `no_grad`
+    pulling   whether the gradient has been taken and is being pulled back
+    stopped   whether anything was cut off
+    escaped   operations through which a number that depends on the parameters left PyTorch
+    """
+
+    def __init__(self, cuts: bool, buffers=()):
+        super().__init__()
+        self.cuts, self.pulling, self.stopped = cuts, False, False
+        self.escaped: dict[str, bool] = {}
+        self._written = {b.untyped_storage()._cdata for b in buffers}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in DETACH:
+            return self._stop(args[0] if args else kwargs["input"])
+        if func == DATA:
+            return args[0] if self._is_buffer(args[0]) else self._stop(args[0])
+        if func in IN_PLACE and args[0].requires_grad:
+            raise RuntimeError("detach_() is not differentiable in place; use x = x.detach()")
+        if func in OUT and args[0].requires_grad:
+            self.escaped[getattr(func, "__name__", str(func))] = True
+            return func(args[0].detach(), *args[1:], **kwargs)
+        if func is torch.autograd.grad:
+            return self._grad(func, args, kwargs)
+        if func is torch.nn.functional.gumbel_softmax:
+            return self._gumbel(func, *args, **kwargs)
+        if torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return self._under_no_grad(func, args, kwargs)
+
+    def _is_buffer(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._written
+
+    def _stop(self, x: Tensor) -> Tensor:
+        """x, with nothing flowing back through it while the gradient is taken."""
+        if not x.requires_grad:
+            return x.detach()
+        with torch.enable_grad():
+            if not self.cuts:
+                return x.view_as(x)
+            self.stopped = True
+            return _Stop.apply(x, self)
+
+    def _under_no_grad(self, func, args, kwargs):
+        """The operation with its graph, which begins at stopped inputs."""
+        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(x.requires_grad for x in tensors) or func == REQUIRES:
+            return func(*args, **kwargs)
+        out = kwargs.pop("out", None) if "out" in kwargs else None
+        if self.cuts and _writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):
+            raise RuntimeError(
+                f"{resolve_name(func)} writes under no_grad() into a tensor that carries a gradient, which "
+                "is not differentiable; write x + (new - x).detach() in its place"
+            )
+
+        def stop(x: Tensor) -> Tensor:
+            return x if self._is_buffer(x) or not x.is_floating_point() else self._stop(x)
+
+        args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
+        with torch.enable_grad():
+            result = func(*args, **kwargs)
+            return result if out is None else out.copy_(result)
+
+    def _grad(self, func, args, kwargs):
+        """torch.autograd.grad with a graph, whether it was asked for or not."""
+        asked = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
+        args, kwargs = args[:4], dict(zip(("create_graph",), args[4:5], strict=False)) | kwargs
+        with torch.enable_grad():
+            found = func(*args, **kwargs | {"create_graph": True})
+        return found if asked else tuple(g if g is None else self._stop(g) for g in found)
+
+    def _gumbel(self, func, logits, tau=1, hard=False, eps=1e-10, dim=-1):
+        """F.gumbel_softmax; the hard form is straight-through, y_hard − sg(y) + y."""
+        soft = func(logits, tau=tau, hard=False, eps=eps, dim=dim)
+        if not hard:
+            return soft
+        index = soft.max(dim, keepdim=True)[1]
+        one_hot = torch.zeros_like(logits).scatter_(dim, index, 1.0)
+        return one_hot - self._stop(soft) + soft
+
+
+def _writes(func) -> bool:
+    """Whether an operation writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def uses_of(total: Tensor, leaves: list[Tensor]) -> set[int]:
+    """The positions of the leaves that a backward pass from `total` reaches without passing a stop."""
+    position = {id(leaf): i for i, leaf in enumerate(leaves)}
+    reached, seen, todo = set(), set(), [total.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or node.name() == "_StopBackward":
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in position:
+            reached.add(position[id(variable)])
+        todo += [parent for parent, _ in node.next_functions]
+    return reached
