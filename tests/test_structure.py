@@ -14,8 +14,8 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "show", "inputs", "state", "verify", "optim", "trial", "orders", "normalisation", "equivalents",
-    "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
+    "determinism", "show", "inputs", "state", "verify", "optim", "trial", "orders", "normalisation",
+    "equivalents", "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
     "tryout", "planning", "health", "directory", "replay", "subsets", "where", "attribution", "retraining",
     "bank", "counterfactual", "judgement", "best_linear", "second_order", "smoothness", "baselines",
 ]  # fmt: skip
