@@ -12,6 +12,7 @@ Each closed form below is derived in its docstring and checked by `gradgradcheck
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -302,3 +303,32 @@ def differentiable() -> _Replace:
     `replace.rewritten` says whether an operation with other bits stood in.
     """
     return _Replace()
+
+
+def measuring(measured: Callable) -> Callable:
+    """Make measured(run, measure, params, buffers) go along the path whose derivative is taken.
+
+    Under no_grad, attention layers in eval mode take a fused path, which fills with zeros what it masks:
+    another function at the padded positions, without a derivative. It is switched off, so that outputs
+    and derivative agree. And a measure may take gradients itself: they are on inside, and parameters
+    require them where it asks for theirs. Where gradients are off outside, what is returned has none.
+    """
+
+    @functools.wraps(measured)
+    def call(run, measure, params, buffers):
+        wanted, fused = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.enable_grad():
+                try:
+                    out = measured(run, measure, params, buffers)
+                except RuntimeError as error:  # without need, no graph is recorded: it takes memory
+                    if wanted or "does not require grad" not in str(error):
+                        raise
+                    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+                    out = measured(run, measure, leaves, buffers)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+        return out if wanted else out.detach()
+
+    return call

@@ -28,7 +28,7 @@ class Normalisation:
     shape    how x is viewed, so that mean and deviation are taken over `axes`
     affine   the shape in which weight and bias stand beside that view
     forward  (x, weight, bias) -> (y, mean, rstd, …), kernels of training
-    backward (g, x, weight, mean, rstd, which of the three, the rest of forward) -> gradients of x, weight, bias
+    backward (g, x, weight, mean, rstd, which are asked, the rest of forward) -> gradients of x, weight, bias
     eps      what is added to the variance
     """
 

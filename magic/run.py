@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import determinism, inputs, optim
-from .equivalents import differentiable
+from .equivalents import differentiable, measuring
 from .show import bar
 from .state import State
 from .trial import first_step
@@ -261,6 +261,7 @@ class Run:
                 )
         return Gradient(total, dict(zip(params, grads, strict=True)), after, same_bits)
 
+    @measuring
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
         """measure(model), (K,), with these tensors in the model and the model in eval mode.
 

@@ -122,3 +122,67 @@ def test_a_loss_that_takes_gradients(name):
     traced = adjoint.trace(run, state, ones)
     stepped = run.step(state, ones)
     assert all(torch.equal(traced.after.params[k], p) for k, p in stepped.params.items())
+
+
+def small_run(model, data, loss):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    return magic.Run(model, optimizer, data, loss, torch.tensor([[0, 1, 2], [3, 1, 2]]))
+
+
+def against_differences(run, measure, outputs):
+    """Scores of measure against central differences of outputs(trained model), weight by weight."""
+    scores = magic.attribute(run, measure, progress=False)
+    ones = torch.ones(run.n, dtype=torch.float64)
+
+    def trained(weights):
+        return outputs(run.model(run.train(weights=weights, progress=False)).eval()).detach()
+
+    torch.testing.assert_close(scores.outputs.double(), trained(ones))
+    for i in range(run.n):
+        step = torch.zeros(run.n, dtype=torch.float64)
+        step[i] = 1e-4
+        slope = (trained(ones + step) - trained(ones - step)) / 2e-4
+        torch.testing.assert_close(scores.values[:, i].double(), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_a_measure_that_takes_gradients():
+    torch.manual_seed(1)
+    data = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    run = small_run(network(), data, lambda model, x, y: (model(x)[:, 0] - y) ** 2)
+
+    def slopes(model):
+        x = data[0][:2].clone().requires_grad_()
+        return torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].norm(dim=1)
+
+    def after_an_inner_step(model):
+        return adapted(model, *data)[2:]
+
+    against_differences(run, slopes, slopes)
+    against_differences(run, after_an_inner_step, after_an_inner_step)
+
+
+class Reader(nn.Module):
+    """An encoder over padded sequences; it averages over all positions, padded ones included."""
+
+    def __init__(self, nested):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x, pad):
+        return self.head(self.encoder(x, src_key_padding_mask=pad).sum(1))[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [False, True])
+def test_padded_attention_in_a_measure(nested):
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 4, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    pad = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
+    run = small_run(Reader(nested).double(), (x, pad, y), lambda model, x, pad, y: (model(x, pad) - y) ** 2)
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    against_differences(run, lambda model: model(x, pad), lambda model: model(x, pad))
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -14,8 +14,9 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "show", "inputs", "state", "verify", "optim", "trial", "orders", "normalisation",
-    "equivalents", "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
+    "orders",
+    "determinism", "show", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
+    "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
     "tryout", "planning", "health", "directory", "replay", "subsets", "where", "attribution", "retraining",
     "bank", "counterfactual", "judgement", "best_linear", "second_order", "smoothness", "baselines",
 ]  # fmt: skip
