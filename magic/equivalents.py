@@ -12,6 +12,7 @@ Each closed form below is derived in its docstring and checked by `gradgradcheck
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,7 +23,8 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .normalisation import batch_norm, group_norm, layer_norm, shared
+from .normalisation import batch_norm, group_norm, layer_norm
+from .orders import batched, further, shared
 
 aten = torch.ops.aten
 
@@ -42,7 +44,7 @@ class _Gelu(Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _GeluBackward.apply(g, x, ctx)
+            return aten.gelu_backward(g, x) if batched(g) else _GeluBackward.apply(g, x, ctx)
         return g * _slope(ctx)
 
 
@@ -63,6 +65,8 @@ class _GeluBackward(Function):
 
     @staticmethod
     def backward(ctx, c):
+        if torch.is_grad_enabled():
+            return *further(aten.gelu_backward, ctx.saved_tensors, c), None
         return c * _slope(ctx.of), c * shared(ctx, lambda: _bend(*ctx.saved_tensors)), None
 
 
@@ -93,7 +97,7 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not batched(g):
             return *_ConvBackward.apply(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None
         return *_conv_backward(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None
 
@@ -109,7 +113,7 @@ class _ConvBackward(Function):
 
     @staticmethod
     def forward(ctx, g, x, weight, how, asked):
-        ctx.how = how
+        ctx.how, ctx.asked = how, asked
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
         return _conv_backward(g, x, weight, how, asked)
@@ -117,6 +121,11 @@ class _ConvBackward(Function):
     @staticmethod
     def backward(ctx, c, c_weight, c_bias):
         g, x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *further(
+                lambda g, x, weight: _conv_backward(g, x, weight, ctx.how, ctx.asked),
+                (g, x, weight), c, c_weight, c_bias,
+            ), None, None  # fmt: skip
         to_g = to_x = to_weight = None
         if c is not None:
             to_g = _conv(c, weight, ctx.how)
@@ -174,7 +183,7 @@ class _AvgPool(Function):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():
-            return _AvgPoolBackward.apply(g, ctx.k, ctx.shape), None
+            return (_pool_backward if batched(g) else _AvgPoolBackward.apply)(g, ctx.k, ctx.shape), None
         k, g = ctx.k, g / ctx.k**2
         high, wide = g.shape[-2] * k, g.shape[-1] * k
         covers = (high, wide) == ctx.shape[-2:]
@@ -188,14 +197,18 @@ class _AvgPoolBackward(Function):
     @staticmethod
     def forward(ctx, g, k, shape):
         ctx.k, ctx.high, ctx.wide = k, g.shape[-2] * k, g.shape[-1] * k
-        like = g.new_empty(1).expand(shape)
-        return aten.avg_pool2d_backward(g, like, [k, k], [k, k], [0, 0], False, True, None)
+        return _pool_backward(g, k, shape)
 
     @staticmethod
     def backward(ctx, c):
         k = ctx.k
         rows = sum(c[..., i : ctx.high : k, :] for i in range(k))
         return sum(rows[..., j : ctx.wide : k] for j in range(k)) / k**2, None, None
+
+
+def _pool_backward(g: Tensor, k: int, shape) -> Tensor:
+    like = g.new_empty(1).expand(shape)
+    return aten.avg_pool2d_backward(g, like, [k, k], [k, k], [0, 0], False, True, None)
 
 
 def avg_pool2d(
@@ -254,6 +267,9 @@ REWRITTEN: dict[Callable, Callable] = {
     torch._weight_norm: weight_norm,
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
+# Inside the transforms of torch.func, PyTorch's own operations stand, but its third derivative of
+# LayerNorm is wrong and BatchNorm has none.
+NORMALISATIONS = {F.layer_norm, F.group_norm, F.batch_norm, torch.batch_norm}
 # Attention's kernel is chosen below Python; for these, the plain one is.
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
@@ -265,8 +281,11 @@ class _Replace(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in SAME_BITS and not torch._C._are_functorch_transforms_active():
+        if func in SAME_BITS and (not batched() or func in NORMALISATIONS):
+            self.rewritten |= batched()
             return SAME_BITS[func](*args, **kwargs)
+        if func is torch.autograd.grad:  # a loss that takes gradients: theirs are formed in another order
+            self.rewritten = True
         if func in REWRITTEN:
             self.rewritten = True
             return REWRITTEN[func](*args, **kwargs)
@@ -284,3 +303,32 @@ def differentiable() -> _Replace:
     `replace.rewritten` says whether an operation with other bits stood in.
     """
     return _Replace()
+
+
+def measuring(measured: Callable) -> Callable:
+    """Make measured(run, measure, params, buffers) go along the path whose derivative is taken.
+
+    Under no_grad, attention layers in eval mode take a fused path, which fills with zeros what it masks:
+    another function at the padded positions, without a derivative. It is switched off, so that outputs
+    and derivative agree. And a measure may take gradients itself: they are on inside, and parameters
+    require them where it asks for theirs. Where gradients are off outside, what is returned has none.
+    """
+
+    @functools.wraps(measured)
+    def call(run, measure, params, buffers):
+        wanted, fused = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.enable_grad():
+                try:
+                    out = measured(run, measure, params, buffers)
+                except RuntimeError as error:  # without need, no graph is recorded: it takes memory
+                    if wanted or "does not require grad" not in str(error):
+                        raise
+                    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+                    out = measured(run, measure, leaves, buffers)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+        return out if wanted else out.detach()
+
+    return call

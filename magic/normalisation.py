@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .orders import batched, further, shared
+
 aten = torch.ops.aten
-
-
-def shared(ctx, make: Callable):
-    """What a pull needs of the trace alone: made for the first targets, kept for the others."""
-    if not hasattr(ctx, "shared"):
-        ctx.shared = make()
-    return ctx.shared
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,8 @@ class Normalisation:
     shape    how x is viewed, so that mean and deviation are taken over `axes`
     affine   the shape in which weight and bias stand beside that view
     forward  (x, weight, bias) -> (y, mean, rstd, …), kernels of training
-    backward (g, x, weight, what forward returned) -> gradients of x, weight and bias
+    backward (g, x, weight, mean, rstd, which are asked, the rest of forward) -> gradients of x, weight, bias
+    eps      what is added to the variance
     """
 
     shape: tuple[int, ...]
@@ -41,6 +37,7 @@ class Normalisation:
     affine: tuple[int, ...]
     forward: Callable
     backward: Callable
+    eps: float
 
     @property
     def small(self) -> tuple[int, ...]:
@@ -65,9 +62,31 @@ class Normalisation:
         v = v - self.mean(v)
         return torch.addcmul(v, xhat, self.mean(v * xhat), value=-1)
 
-    def to_affine(self, v: Tensor, weight: Tensor) -> Tensor:
-        """Sum of v over all that shares one number of weight or bias."""
+    def to_affine(self, v: Tensor, weight: Tensor) -> Tensor | None:
+        """Sum of v over all that shares one number of weight or bias; None without a weight."""
+        if weight.dim() == 0:
+            return None
         return v.sum([i for i, n in enumerate(self.affine) if n == 1], keepdim=True).view(weight.shape)
+
+    def written_out(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x̂, s and w by plain arithmetic, which can be differentiated to any order."""
+        v = x.reshape(self.shape)
+        v = v - self.mean(v)
+        s = (self.mean(v * v) + self.eps).rsqrt()
+        return v * s, s, s.new_ones(()) if weight is None else weight.view(self.affine)
+
+    def first(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients of x and, where there is one, weight and bias, by plain arithmetic.
+
+        PyTorch's own cannot stand here: its third derivative of LayerNorm is wrong, without an error,
+        and BatchNorm has none.
+        """
+        xhat, s, w = self.written_out(x, weight)
+        g = g.reshape(self.shape)
+        if weight is None:
+            return ((s * self.project(g, xhat)).view(x.shape),)
+        to_x, to_w, to_b = _first(self, g, xhat, s, w)
+        return to_x.view(x.shape), to_w.view(weight.shape), to_b.view(weight.shape)
 
     def standard(self, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor):
         """x̂ = (x − mean) s, s = rstd and w (1 without weight), in the view."""
@@ -86,7 +105,7 @@ class _Normalise(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, kind):
         y, mean, rstd, *ctx.kept = kind.forward(x, weight, bias)
-        ctx.kind = kind
+        ctx.kind, ctx.asked = kind, (True, weight is not None, bias is not None)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, mean, rstd
@@ -95,23 +114,32 @@ class _Normalise(Function):
     def backward(ctx, g, g_mean, g_rstd):
         x, weight, mean, rstd = ctx.saved_tensors
         kind = ctx.kind
-        if torch.is_grad_enabled():
-            if g_mean is not None or g_rstd is not None:
-                raise RuntimeError("the loss reads BatchNorm's running statistics: not differentiable twice")
-            return *_NormaliseBackward.apply(g, x, weight, mean, rstd, ctx), None
-        xhat, s, w = _standard(ctx)
-        to_x, to_weight, to_bias = torch.zeros_like(xhat) if g is None else None, None, None
-        if g is not None:
-            g = g.reshape(kind.shape)
+        differentiably = torch.is_grad_enabled()
+        if g is None:
+            to_x, to_weight, to_bias = x.new_zeros(kind.shape), None, None
+        elif differentiably:
+            to_x, to_weight, to_bias = _first_again(ctx, g, x, weight, mean, rstd)
+        else:
             first = _first_per_channel if kind.per_channel else _first
-            to_x, to_weight, to_bias = first(kind, g, xhat, s, w)
-        if g_mean is not None:
-            to_x = to_x + g_mean.view(s.shape) / kind.count
-        if g_rstd is not None:
-            to_x = to_x - xhat * (s.square() * g_rstd.view(s.shape) / kind.count)
-        if weight is None or g is None:
-            return to_x.view(x.shape), None, None, None
-        return to_x.view(x.shape), to_weight.view(weight.shape), to_bias.view(weight.shape), None
+            to_x, to_weight, to_bias = first(kind, g.reshape(kind.shape), *_standard(ctx))
+        if g_mean is not None or g_rstd is not None:
+            # what is kept for all targets has no graph
+            xhat, s, _ = kind.standard(x, weight, mean, rstd) if differentiably else _standard(ctx)
+            to_x = to_x.view(kind.shape)
+            if g_mean is not None:
+                to_x = to_x + g_mean.view(s.shape) / kind.count
+            if g_rstd is not None:
+                to_x = to_x - xhat * (s.square() * g_rstd.view(s.shape) / kind.count)
+        found = zip((to_x, to_weight, to_bias), (x, weight, weight), ctx.asked, strict=True)
+        return *(v.view(like.shape) if asked and v is not None else None for v, like, asked in found), None
+
+
+def _first_again(ctx, g, x, weight, mean, rstd) -> tuple[Tensor | None, ...]:
+    """∂x, ∂w, ∂b by PyTorch's kernels, with a graph of their own."""
+    if not batched(g):
+        return _NormaliseBackward.apply(g, x, weight, mean, rstd, ctx)
+    found = ctx.kind.first(g, x, weight)
+    return (*found, *[None] * (3 - len(found)))
 
 
 def _standard(ctx) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,12 +174,18 @@ class _NormaliseBackward(Function):
     @staticmethod
     def forward(ctx, g, x, weight, mean, rstd, of):
         ctx.of = of
-        ctx.save_for_backward(g, weight)
-        return tuple(of.kind.backward(g.contiguous(), x, weight, mean, rstd, *of.kept))
+        ctx.save_for_backward(g, x, weight)
+        return tuple(of.kind.backward(g.contiguous(), x, weight, mean, rstd, list(of.asked), *of.kept))
 
     @staticmethod
     def backward(ctx, c, c_weight, c_bias):
-        (g, weight), kind = ctx.saved_tensors, ctx.of.kind
+        (g, x, weight), kind = ctx.saved_tensors, ctx.of.kind
+        if torch.is_grad_enabled():
+            cotangents = (c, c_weight, c_bias)[: 1 if weight is None else 3]
+            return *further(kind.first, (g, x, weight), *cotangents), None, None, None
+        zero = g.new_zeros(())
+        c_w = zero if c_weight is None else c_weight.view(kind.affine)
+        c_b = zero if c_bias is None else c_bias.view(kind.affine)
 
         def prepare():
             xhat, s, w = _standard(ctx.of)
@@ -159,7 +193,6 @@ class _NormaliseBackward(Function):
             projected = kind.project(given if kind.per_channel else w * given, xhat)
             return given, xhat, s, w, projected, kind.mean(w * given * xhat)
 
-        c_w, c_b = (0.0, 0.0) if weight is None else (c_weight.view(kind.affine), c_bias.view(kind.affine))
         second = _second_per_channel if kind.per_channel else _second
         to_g, to_x, to_w = second(kind, c.reshape(kind.shape), c_w, c_b, *shared(ctx, prepare))
         to_w = None if weight is None else to_w.view(weight.shape)
@@ -185,9 +218,18 @@ def _second_per_channel(kind: Normalisation, c, c_w, c_b, g, xhat, s, w, pg, m):
     return to_g, torch.addcmul(to_x, xhat, -a * q - s * sw * r), s * r * kind.count
 
 
+def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Normalisation):
+    """y, mean and rstd; inside torch.func's transforms y alone, and by plain arithmetic."""
+    if not batched():
+        return _Normalise.apply(x, weight, bias, kind)
+    xhat, _, w = kind.written_out(x, weight)
+    y = xhat * w if bias is None else torch.addcmul(bias.view(kind.affine), xhat, w)
+    return y.view(x.shape), None, None
+
+
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     """F.layer_norm (Ba et al. 2016)."""
-    if weight is None or bias is None or math.prod(normalized_shape) == 0:
+    if (weight is None and bias is not None) or x.numel() == 0:
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
     shape, axes = tuple(normalized_shape), tuple(range(x.dim() - len(normalized_shape), x.dim()))
     kind = Normalisation(
@@ -195,16 +237,17 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
         axes=axes,
         affine=(1,) * (x.dim() - len(shape)) + shape,
         forward=lambda x, w, b: aten.native_layer_norm(x, shape, w, b, eps),
-        backward=lambda g, x, w, mean, rstd: aten.native_layer_norm_backward(
-            g, x, shape, mean, rstd, w, w, [True] * 3
+        backward=lambda g, x, w, mean, rstd, asked: aten.native_layer_norm_backward(
+            g, x, shape, mean, rstd, w, w, asked
         ),
+        eps=eps,
     )
-    return _Normalise.apply(x, weight, bias, kind)[0]
+    return _normalise(x, weight, bias, kind)[0]
 
 
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
     """F.group_norm (Wu & He 2018)."""
-    if weight is None or bias is None or x.numel() == 0:
+    if (weight is None and bias is not None) or x.numel() == 0:
         return F.group_norm(x, num_groups, weight, bias, eps)
     n, channels = x.shape[:2]
     sizes = n, channels, x.numel() // (n * channels), num_groups
@@ -213,11 +256,12 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
         axes=(2, 3),
         affine=(1, num_groups, channels // num_groups, 1),
         forward=lambda x, w, b: aten.native_group_norm(x.contiguous(), w, b, *sizes, eps),
-        backward=lambda g, x, w, mean, rstd: aten.native_group_norm_backward(
-            g, x.contiguous(), mean, rstd, w, *sizes, [True] * 3
+        backward=lambda g, x, w, mean, rstd, asked: aten.native_group_norm_backward(
+            g, x.contiguous(), mean, rstd, w, *sizes, asked
         ),
+        eps=eps,
     )
-    return _Normalise.apply(x, weight, bias, kind)[0]
+    return _normalise(x, weight, bias, kind)[0]
 
 
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -227,6 +271,8 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
     like any other.
     """
     axes, shape = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2)
+    if training and running_mean is not None and batched():
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         x = (x - running_mean.view(shape)) / (running_var + eps).sqrt().view(shape)
         x = x if weight is None else x * weight.view(shape)
@@ -242,14 +288,14 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
         )
         return y, mean, rstd, reserve, kernel
 
-    def backward(g, x, w, mean, rstd, reserve, kernel):
+    def backward(g, x, w, mean, rstd, asked, reserve, kernel):
         return aten._batch_norm_impl_index_backward(
-            kernel, x, g, w, *after, mean, rstd, True, eps, [True, w is not None, w is not None], reserve
+            kernel, x, g, w, *after, mean, rstd, True, eps, asked, reserve
         )
 
     affine = tuple(n if i == 1 else 1 for i, n in enumerate(x.shape))
-    kind = Normalisation(x.shape, axes, affine, forward, backward)
-    y, mean, rstd = _Normalise.apply(x, weight, bias, kind)
+    kind = Normalisation(x.shape, axes, affine, forward, backward, eps)
+    y, mean, rstd = _normalise(x, weight, bias, kind)
     if running_mean is not None:
         count = x.numel() // x.shape[1]
         variance = (rstd.pow(-2) - eps) * (count / (count - 1))

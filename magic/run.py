@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import determinism, finite, identity, inputs, optim
-from .equivalents import differentiable
+from .equivalents import differentiable, measuring
 from .show import bar
 from .state import State
 from .stopgradients import Stops, uses_of
@@ -288,6 +288,7 @@ class Run:
             losses, _ = self.apply(lambda model: self.loss(model, *batch), leaves, state.buffers)
             return self._total(losses, weight, t).item()
 
+    @measuring
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
         """measure(model), (K,), with these tensors in the model and the model in eval mode.
 

@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "determinism", "show", "memory", "bytecode", "content", "identity", "inputs", "order", "state", "finite",
+    "orders", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs", "order", "state", "finite",
     "verify", "optim", "trial", "normalisation", "equivalents", "stopgradients", "run", "optim_adjoint",
     "adjoint", "witness", "schedule", "costs", "timeline", "files", "store", "footprint", "tryout",
     "planning", "health", "directory", "replay", "subsets", "where", "attribution", "retraining", "bank",

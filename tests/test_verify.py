@@ -104,7 +104,9 @@ def test_a_changed_row():
     run.train(progress=False)
     x[cases.order()[0][0]] += 1e-9
     for plan in (None, magic.plan(run, states=2)):
-        with pytest.raises(magic.ReplayMismatch, match=r"step 0: the total loss is .* and was .*data, model or loss"):
+        with pytest.raises(
+            magic.ReplayMismatch, match=r"step 0: the total loss is .* and was .*data, model or loss"
+        ):
             magic.attribute(run, cases.measure_on(x, y), progress=False, plan=plan)
 
 
