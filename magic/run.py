@@ -297,10 +297,8 @@ class Run:
         determinism.seed_step(self.seed, self.steps)
         shared = {id(x): x for x in (*self._model.parameters(), *self._model.buffers())}
         model = inputs.clean_copy(self._model, shared).eval()
-        with torch.enable_grad():  # a measure may take gradients itself, or write into the model
-            leaves = (p if p.requires_grad else p.detach().requires_grad_() for p in params.values())
-            params = {name: p.clone() for name, p in zip(params, leaves, strict=True)}
-            out, _ = self.apply(measure, params, buffers, call=_Call(model))
+        params = {name: p.clone() for name, p in params.items()}
+        out, _ = self.apply(measure, params, buffers, call=_Call(model))
         if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
