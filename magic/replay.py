@@ -22,10 +22,10 @@ from .optim_adjoint import warn_of_underflow
 from .planning import Plan
 from .run import Run
 from .show import bar
-from .state import State
+from .state import Cotangent, State
 from .store import Host, Memory, Store
 from .verify import ReplayMismatch, checksums
-from .witness import check_measure, check_step
+from .witness import check_batching, check_measure, check_step
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,10 @@ class _Sweeps:
         elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or traced.escaped):
             self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
             self.check_underflow(traced)
+        alone = self.pulled_alone(traced) if t in self.witnessed else None
         self.cotangent, scores = traced_vjp(run, traced, self.cotangent, self.plan.chunk)
+        if alone is not None:
+            check_batching(alone, (self.cotangent, scores), t)
         _check_finite(scores, self.cotangent, t)
         indices = run.batches[t].to(self.values.device)
         self.values[self.rows].index_add_(1, indices, scores.to(self.values.dtype))
@@ -196,6 +199,13 @@ class _Sweeps:
         self.shown.update()
         if self.folder and t:
             self.folder.note(Progress(self.values, self.outputs, self.rows, t, self.cotangent, self.sizes))
+
+    def pulled_alone(self, traced: Traced) -> tuple[Cotangent, Tensor] | None:
+        """The last target's pull by itself, where several go back together."""
+        if self.cotangent.targets == 1 or self.plan.chunk == 1:
+            return None
+        last = self.cotangent.map(lambda x: x[-1:].clone())
+        return traced_vjp(self.run, traced, last, chunk=1)
 
     def turn(self, last: Traced) -> None:
         """The end of the way down: measure the trained model, and take the cotangent of the outputs."""
