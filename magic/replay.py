@@ -8,8 +8,8 @@ back through each. Targets go back together, so the recomputation is paid once f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,15 +45,22 @@ class Replay:
 
 
 def train(
-    run: Run, weights=None, *, disk: str | os.PathLike, progress: bool = True, allow_negative: bool = False
+    run: Run,
+    weights=None,
+    *,
+    disk: str | os.PathLike,
+    progress: bool = True,
+    allow_negative: bool = False,
+    trust: bool | Iterable[str] = False,
 ) -> State:
     """`run.train(weights)` with a folder: a training that was killed goes on where it was noted last.
 
     The bits are the same. A training that is finished is read from the folder. Raises ValueError for a
-    folder of another run, of other data or code, or from a machine that calculates otherwise.
+    folder of another run, of other data or code, or from a machine that calculates otherwise; `trust`
+    names what of it the reader vouches for, or is True for all code and all that cannot be known.
     """
     weights = run.weights(weights, allow_negative=allow_negative)
-    with Directory.open(disk, run, weights, "a training") as folder, determinism.fix():
+    with Directory.open(disk, run, weights, "a training", trust=trust) as folder, determinism.fix():
         passed = run.passed(weights)
         passed.adopt(folder.passed())
         state = folder.latest() or run.initial
@@ -73,6 +80,7 @@ def metagradient(
     planned: Plan,
     progress: bool = True,
     disk: str | os.PathLike | None = None,
+    trust: bool | Iterable[str] = False,
 ) -> Replay:
     """The exact derivative of measure(trained model) with respect to every data weight, at `weights`.
 
@@ -84,9 +92,9 @@ def metagradient(
             raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
         return _Sweeps(run, measure, weights, planned, None).all(progress)
     what = f"a replay of {len(start)} targets, {determinism.fingerprint(start)} at the start"
-    with Directory.open(disk, run, weights, what) as folder:
+    with Directory.open(disk, run, weights, what, measure, trust) as folder:
         made = folder.choices({"group": planned.group, "chunk": planned.chunk})
-        return _Sweeps(run, measure, weights, replace(planned, **made), folder).all(progress)
+        return _Sweeps(run, measure, weights, planned.regrouped(**made), folder).all(progress)
 
 
 class _Sweeps:
