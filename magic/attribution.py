@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import determinism, identity
+from .files import replacing
 from .health import Health
 from .inputs import check_indices
 from .planning import Plan
@@ -166,13 +167,12 @@ class Attribution(Table):
         meta = {"format": 2, "run": self.run_fingerprint}
         meta |= {name: getattr(self, name) for name in KEPT}
         arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
-        with open(path + ".part", "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             np.savez(
                 file,
                 meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
                 **{name: x.detach().cpu().numpy() for name, x in arrays.items()},
             )
-        os.replace(path + ".part", path)
 
     @classmethod
     def load(
@@ -250,6 +250,7 @@ def attribute(
     memory: float | str | None = None,
     disk: str | os.PathLike | None = None,
     plan: Plan | None = None,
+    trust: bool | Iterable[str] = False,
 ) -> Attribution:
     """The exact derivative of measure(trained model) with respect to every data weight.
 
@@ -264,6 +265,8 @@ def attribute(
     disk     a folder: for states that do not fit, and so that a replay that was killed goes on to the
              same bits; one that is finished is read from it
     plan     what `magic.plan` returned, in place of `memory`
+    trust    of a folder made before: names of changed parts that the reader vouches for; True for all code,
+             and for all that cannot be known
 
     Raises NotDifferentiable, NonFinite or ReplayMismatch when one of its checks finds the derivative
     wrong, and warns when a check could not be made or the scores are not to be trusted (`.health`).
@@ -280,7 +283,7 @@ def attribute(
         print(f"{len(where.points)} times: {planned}" if many else planned)
     folders = [disk and Path(disk, f"point {i}") if many else disk for i in range(len(where.points))]
     found = [
-        metagradient(run, measure, weights, planned, progress, folder)
+        metagradient(run, measure, weights, planned, progress, folder, trust)
         for weights, folder in zip(where.points, folders, strict=True)
     ]
     worst = max((replay.health for replay in found), key=lambda health: len(health.problems))

@@ -7,20 +7,25 @@ it computes the same bits. What is done is kept in a `Bank` at once.
 
 from __future__ import annotations
 
+import pickle
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .bank import Bank
+from .identity import changed
 from .retraining import retrained
 from .run import Run
-from .show import bar
+from .show import bar, needs
 
 WORTH = 30.0  # seconds of training from which other processes pay, which take some ten to start
 ALONE = threading.Lock()  # a training owns its process's random numbers and settings
+UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the sweep's token
 TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
 
 
@@ -43,6 +48,7 @@ def outputs(
     if bank is None:
         bank = Bank(":memory:", run, measure)
     bank.serves(run, measure)
+    parts = run.identity()
     known = {s: bank.get(row) for s, row in enumerate(weights)}
     todo = [s for s, found in known.items() if found is None]
     with bar(len(todo), "retrain", progress) as shown:
@@ -50,6 +56,13 @@ def outputs(
             known[s] = found
             bank.put(weights[s], found)
             shown.update()
+    if todo and (names := changed(run.identity(), parts, trust=[*run.unknown()])):
+        for s in todo:
+            bank.forget(weights[s])
+        raise ValueError(
+            f"the run changed while it was retrained: {'; '.join(names)}. None of these retrainings was "
+            "kept; make a new Run, and let nothing change under it"
+        )
     return torch.stack([known[s].to(torch.float64).cpu() for s in range(len(weights))]).to(run.dtype)
 
 
@@ -68,29 +81,53 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
 
 
 def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
-    import joblib
+    joblib = needs("joblib", "notebooks")
     from joblib.parallel import get_active_backend
 
+    backend, told = get_active_backend()
     if jobs is None:
-        _, told = get_active_backend()
         jobs = -1 if told is None else told
     workers = joblib.effective_n_jobs(jobs)
     size = max(1, len(todo) // (TASKS * workers))
     parts = [todo[i : i + size] for i in range(0, len(todo), size)]
     threads = torch.get_num_threads()
+    shared = getattr(backend, "supports_sharedmem", False)
+    work = (run, measure) if shared else _packed(run, measure)
+    token = secrets.token_hex(8)
     parallel = joblib.Parallel(jobs, return_as="generator_unordered")
     tasks = (  # rows as arrays: a tensor that is a row would travel with the whole matrix
-        joblib.delayed(_some)(run, measure, [(s, weights[s].numpy()) for s in part], how, threads)
+        joblib.delayed(_some)(work, token, [(s, weights[s].numpy()) for s in part], how, threads)
         for part in parts
     )
     for done in parallel(tasks):
         yield from ((s, torch.from_numpy(found)) for s, found in done)
 
 
-def _some(run: Run, measure: Callable, rows: list, how: str, threads: int) -> list:
+def _packed(run: Run, measure: Callable) -> np.ndarray:
+    """Run and measure as one array of bytes, which joblib puts where all workers read it, once."""
+    try:
+        import cloudpickle
+    except ImportError:  # an older joblib brings its own
+        from joblib.externals import cloudpickle
+
+    return np.frombuffer(cloudpickle.dumps((run, measure)), np.uint8)
+
+
+def _unpacked(work, token: str) -> tuple[Run, Callable]:
+    """Run and measure in a worker, which unpacks them at its first task."""
+    if isinstance(work, tuple):
+        return work
+    if token not in UNPACKED:
+        UNPACKED.clear()
+        UNPACKED[token] = pickle.loads(memoryview(np.ascontiguousarray(work)))
+    return UNPACKED[token]
+
+
+def _some(work, token: str, rows: list, how: str, threads: int) -> list:
     """What a worker does: train for each row of weights."""
     with ALONE:
         torch.set_num_threads(threads)
+        run, measure = _unpacked(work, token)
         return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]
 
 

@@ -88,6 +88,22 @@ class Plan(Table):
         group = targets if self.room is None else self.group
         return replace(self, targets=targets, group=group)
 
+    def regrouped(self, group: int, chunk: int) -> Plan:
+        """This plan with targets grouped so, which rounding depends on, and as many states and traces as
+        its budget then holds; ValueError, with the least that works, for a budget too small for that."""
+        plan = replace(self, group=group, chunk=chunk)
+        if plan.room is None or plan.nbytes <= plan.room:
+            return plan
+        plan = replace(plan, traces=0, tier_of=(0,))
+        if plan.nbytes > plan.room:
+            raise ValueError(
+                f"this folder's work began with {group} targets a sweep, which its rounding depends on; with "
+                f"them memory={plan.room:,} bytes is too little, and the least that works is "
+                f"{plan.nbytes:,}. Give as much, or another folder"
+            )
+        further = self.tier_of.count(1), self.tier_of.count(2)
+        return min(_kept(plan, further), key=lambda p: p.seconds)
+
     @property
     def sweeps(self) -> int:
         return -(-self.targets // self.group)
@@ -277,23 +293,26 @@ def _chunk(run: Run, one: Trial) -> int:
 
 def _fitting(blank: Plan, further: tuple[int, int]) -> Iterator[Plan]:
     """Plans that fit into the room: more and more sweeps, without traces and with as many as fit."""
-    one, steps = blank.trial, blank.steps
     sweeps = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, blank.targets}
     for group in sorted({-(-blank.targets // count) for count in sweeps}, reverse=True):
         plan = replace(blank, group=group, chunk=min(blank.chunk, group))
         while plan.chunk > 1 and plan.nbytes > plan.room:
             plan = replace(plan, chunk=plan.chunk // 2)
-        free = plan.room - plan.nbytes
-        if free < 0:
-            continue
-        traces = {0}
-        if one.same_bits:
-            traces |= {min(steps, 1 + int(share * free / one.trace_bytes)) for share in (0.5, 1)}
-        for kept in traces - {1}:
-            left = free - max(kept - 1, 0) * one.trace_bytes
-            here = 1 + left // one.state_bytes if kept < steps else 1
-            for tiers in _tiers(steps, kept, here, further):
-                yield replace(plan, traces=kept, tier_of=tiers)
+        if plan.nbytes <= plan.room:
+            yield from _kept(plan, further)
+
+
+def _kept(plan: Plan, further: tuple[int, int]) -> Iterator[Plan]:
+    """This plan, which keeps nothing yet, without traces and with as many as fit, and with states."""
+    one, steps, free = plan.trial, plan.steps, plan.room - plan.nbytes
+    traces = {0}
+    if one.same_bits:
+        traces |= {min(steps, 1 + int(share * free / one.trace_bytes)) for share in (0.5, 1)}
+    for kept in traces - {1}:
+        left = free - max(kept - 1, 0) * one.trace_bytes
+        here = 1 + left // one.state_bytes if kept < steps else 1
+        for tiers in _tiers(steps, kept, here, further):
+            yield replace(plan, traces=kept, tier_of=tiers)
 
 
 def _tiers(steps: int, traces: int, here: int, further: tuple[int, int]) -> Iterator[tuple[int, ...]]:

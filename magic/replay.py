@@ -8,8 +8,8 @@ back through each. Targets go back together, so the recomputation is paid once f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,17 +46,24 @@ class Replay:
 
 
 def train(
-    run: Run, weights=None, *, disk: str | os.PathLike, progress: bool = True, allow_negative: bool = False
+    run: Run,
+    weights=None,
+    *,
+    disk: str | os.PathLike,
+    progress: bool = True,
+    allow_negative: bool = False,
+    trust: bool | Iterable[str] = False,
 ) -> State:
     """`run.train(weights)` with a folder: a training that was killed goes on where it was noted last.
 
     The bits are the same. A training that is finished is read from the folder. Raises ValueError for a
-    folder of another run, of other data or code, or from a machine that calculates otherwise.
+    folder of another run, of other data or code, or from a machine that calculates otherwise; `trust`
+    names what of it the reader vouches for, or is True for all code and all that cannot be known.
     """
     weights = run.weights(weights, allow_negative=allow_negative)
-    with Directory.open(disk, run, weights, "a training") as folder, determinism.fix():
+    with Directory.open(disk, run, weights, "a training", trust=trust) as folder, determinism.fix():
         passed = run.passed(weights)
-        passed.adopt(folder.passed())
+        passed.adopt(*folder.passed())
         state = folder.latest() or run.initial
         with bar(run.steps - state.step, "train", progress) as shown:
 
@@ -74,6 +81,7 @@ def metagradient(
     planned: Plan,
     progress: bool = True,
     disk: str | os.PathLike | None = None,
+    trust: bool | Iterable[str] = False,
 ) -> Replay:
     """The exact derivative of measure(trained model) with respect to every data weight, at `weights`.
 
@@ -85,9 +93,9 @@ def metagradient(
             raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
         return _Sweeps(run, measure, weights, planned, None).all(progress)
     what = f"a replay of {len(start)} targets, {determinism.fingerprint(start)} at the start"
-    with Directory.open(disk, run, weights, what) as folder:
+    with Directory.open(disk, run, weights, what, measure, trust) as folder:
         made = folder.choices({"group": planned.group, "chunk": planned.chunk})
-        return _Sweeps(run, measure, weights, replace(planned, **made), folder).all(progress)
+        return _Sweeps(run, measure, weights, planned.regrouped(**made), folder).all(progress)
 
 
 class _Sweeps:
@@ -108,8 +116,9 @@ class _Sweeps:
         begun = self.folder.progress() if self.folder else None
         if begun is not None:
             self.values, self.outputs, self.sizes = begun.values, begun.outputs, begun.sizes
+            self.witnessed, self.passed.verified = begun.witnessed, self.passed.verified + begun.verified
         if self.folder:
-            self.passed.adopt(self.folder.passed())
+            self.passed.adopt(*self.folder.passed())
         first = begun.rows.start if begun else 0
         work = (2 * run.steps + self.plan.extra) * -(-(K - first) // group)
         with determinism.fix(), bar(work, "differentiate", progress) as self.shown:
@@ -154,7 +163,7 @@ class _Sweeps:
         ]
         if folder:
             following = slice(self.rows.stop, min(self.rows.stop + self.plan.group, self.plan.targets))
-            folder.note(Progress(self.values, self.outputs, following, sizes=self.sizes), now=True)
+            folder.note(self.noted(following), self.passed, now=True)
 
     def after_step(self, state: State) -> None:
         self.shown.update()
@@ -198,7 +207,12 @@ class _Sweeps:
         self.measure_size(t)
         self.shown.update()
         if self.folder and t:
-            self.folder.note(Progress(self.values, self.outputs, self.rows, t, self.cotangent, self.sizes))
+            self.folder.note(self.noted(self.rows, t, self.cotangent), self.passed)
+
+    def noted(self, rows: slice, t: int | None = None, cotangent: Cotangent | None = None) -> Progress:
+        """How far the work is."""
+        seen = self.sizes, self.witnessed, self.passed.verified
+        return Progress(self.values, self.outputs, rows, t, cotangent, *seen)
 
     def pulled_alone(self, traced: Traced) -> tuple[Cotangent, Tensor] | None:
         """The last target's pull by itself, where several go back together."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .files import read, write
+from .files import PARTS, Misplaced, read, write
 from .state import State
 from .verify import ReplayMismatch, check_stored, checksums
 
@@ -90,26 +90,31 @@ def _pinned(x: torch.Tensor) -> torch.Tensor:
 class Disk:
     """States in safetensors files of a folder, each whole or not there at all, with its fingerprint.
 
-    `constant` is s_0: of the buffers, those that are still its own are not written again.
+    `constant` is s_0: of the buffers, those that are still its own are not written again. A file says its
+    step, its kind and whose it is (`owner`), and is refused elsewhere.
     """
 
     name = "disk"
 
-    def __init__(self, folder: Path, constant: State):
+    def __init__(self, folder: Path, constant: State, kind: str = "state", owner: str = ""):
         self.folder, self._constant = Path(folder), constant
+        self._kind, self._owner = kind, owner
+
+    def _meta(self, t: int) -> dict:
+        return {"step": t, "kind": self._kind, "run": self._owner}
 
     def path(self, t: int) -> Path:
         return self.folder / f"state-{t:09}.safetensors"
 
     def save(self, t: int, state: State) -> None:
         """Write s_t."""
-        write(self.path(t), written(state), {"step": t, "moved": sorted(state.moved)})
+        write(self.path(t), written(state), self._meta(t) | {"moved": sorted(state.moved)})
 
     def load(self, t: int) -> State:
         """s_t; KeyError if it is not kept, ReplayMismatch if its file is damaged."""
         if not self.path(t).exists():
             raise KeyError(t)
-        flat, meta = read(self.path(t), next(iter(self._constant.params.values())).device)
+        flat, meta = read(self.path(t), next(iter(self._constant.params.values())).device, self._meta(t))
         return with_constants(flat, t, frozenset(meta["moved"]), self._constant)
 
     def drop(self, t: int) -> None:
@@ -118,17 +123,23 @@ class Disk:
 
     def steps(self) -> list[int]:
         """The steps whose files are there."""
-        return sorted(int(p.stem.removeprefix("state-")) for p in self.folder.glob("state-*.safetensors"))
+        digits = (p.stem.removeprefix("state-") for p in self.folder.glob("state-*.safetensors"))
+        return sorted(int(t) for t in digits if t.isdecimal())
 
     def kept(self) -> list[int]:
-        """The steps whose files are there and undamaged; what a kill left behind is removed."""
-        for part in self.folder.glob("*.part"):
-            part.unlink()
+        """The steps whose files are there and undamaged; what a kill left behind is removed.
+
+        Raises ReplayMismatch for a whole file of something else, which is not ours to remove.
+        """
+        for part in self.folder.glob(PARTS):
+            part.unlink(missing_ok=True)
         whole = []
         for t in self.steps():
             try:
-                read(self.path(t), torch.device("cpu"))
+                read(self.path(t), torch.device("cpu"), self._meta(t))
                 whole.append(t)
+            except Misplaced:
+                raise
             except ReplayMismatch:
                 self.drop(t)
         return whole
@@ -167,7 +178,14 @@ class Store:
 
     def load(self, t: int) -> State:
         """s_t; KeyError if it is not kept."""
-        return self._places[self._where[t]].load(t)
+        place = self._places[self._where[t]]
+        try:
+            return place.load(t)
+        except KeyError as error:
+            raise ReplayMismatch(
+                f"step {t}: its state is gone from {place.name}: something removed it during the work. "
+                "Call again; what is left there is gone on from"
+            ) from error
 
     def drop(self, t: int) -> None:
         """Forget s_t; KeyError if it is not kept."""

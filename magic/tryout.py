@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -72,9 +72,9 @@ def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
         _, pull_seconds = _timed(lambda: traced_vjp(run, again, cotangent))
         disk_seconds = 0.0
         if disk is not None:
-            place = Disk(disk / "trial", run.initial)
-            _, disk_seconds = _timed(lambda: (place.save(1, after_first), place.load(1)))
-            shutil.rmtree(place.folder)
+            with tempfile.TemporaryDirectory(prefix=".magic-trial-", dir=disk) as folder:
+                place = Disk(Path(folder), run.initial)
+                _, disk_seconds = _timed(lambda: (place.save(1, after_first), place.load(1)))
     nbytes = sum(x.numel() * x.element_size() for x in written(after_first).values())
     gradient = sum(x.numel() * x.element_size() for x in run.initial.params.values())
     share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0]) * 8 / run.dtype.itemsize

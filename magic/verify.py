@@ -73,8 +73,10 @@ class Passed:
         """Whether step t is one of those noted."""
         return (t > 0 and t % max(1, self.steps // NOTED) == 0) or t == self.steps
 
-    def adopt(self, noted: dict[int, dict[str, int]]) -> None:
+    def adopt(self, noted: dict[int, dict[str, int]], totals: dict[int, float]) -> None:
         """Take over what an earlier process noted; it must not contradict what is known."""
+        for t, total in totals.items():
+            self.witness(t, total)
         for t, sums in noted.items():
             name = next((k for k, v in self.noted.get(t, sums).items() if sums.get(k) != v), None)
             if name is not None:

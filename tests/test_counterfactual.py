@@ -163,7 +163,7 @@ def test_as_many_processes_as_joblib_is_told(monkeypatch):
     assert asked == [-1, 3] and len(found.unique(dim=0)) == 4
 
 
-def test_other_backends_and_a_worker_that_fails(tmp_path):
+def test_other_backends_and_a_worker_that_fails(tmp_path, monkeypatch):
     run, measure = small()
     weights = subsets.single(run.n, range(8))
     with joblib.parallel_config(backend="threading"):
@@ -173,16 +173,17 @@ def test_other_backends_and_a_worker_that_fails(tmp_path):
 
     kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
 
-    calls = []
+    calls, train = [], retraining.retrained
 
-    def failing(model):
+    def failing(*work):
         calls.append(1)
-        if len(calls) > 5:  # one is the bank's, which asks whether the measure is its own
+        if len(calls) > 4:
             raise RuntimeError("the cluster is gone")
-        return measure(model)
+        return train(*work)
 
-    with pytest.raises(RuntimeError, match="the cluster is gone"):
-        counterfactual.outputs(run, failing, weights, bank=kept, jobs=1, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cluster is gone"):
+        patch.setattr(counterfactual, "retrained", failing)
+        counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
     assert len(kept) == 4
     assert torch.equal(kept.get(weights[3]), threaded[3])
     again = counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
@@ -300,6 +301,157 @@ def _nudged():
     model = cases.mlp().double()
     x, y = cases.data()
     return magic.Run(model, cases.sgd()(model), (x + 1e-12, y), cases.loss, cases.order())
+
+
+# --- what a bank never serves
+
+
+def banked(tmp_path, rows=3):
+    run, measure = small()
+    weights = subsets.single(run.n, range(rows))
+    kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
+    counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+    return run, measure, weights, kept
+
+
+def other_bits(path, column, change, row=2):
+    with sqlite3.connect(path) as file:
+        (old,) = file.execute(f"SELECT {column} FROM outputs WHERE rowid = ?", (row,)).fetchone()
+        file.execute(f"UPDATE outputs SET {column} = ? WHERE rowid = ?", (change(old), row))
+
+
+def flip(blob):
+    return blob[:5] + bytes([blob[5] ^ 1]) + blob[6:]
+
+
+@pytest.mark.parametrize(
+    "column, change",
+    [
+        ("outputs", flip),
+        ("outputs", lambda blob: blob[:8]),
+        ("weights", flip),
+        ("made", lambda made: "{}"),
+        ("made", lambda made: ""),
+        ("outputs", lambda blob: torch.full((3,), float("nan"), dtype=torch.float64).numpy().tobytes()),
+    ],
+)
+def test_a_damaged_row(tmp_path, column, change):
+    run, measure, weights, kept = banked(tmp_path)
+    other_bits(kept.path, column, change)
+    with pytest.raises(ValueError, match=r"row 2 is damaged: .*bank\.repair\(\)"):
+        counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+    with pytest.raises(ValueError, match="row 2 is damaged"):
+        kept.frame()
+    assert kept.repair() == 1 and len(kept) == 2
+    again = counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
+    assert torch.equal(again[1], retraining.retrained(run, measure, weights[1])) and len(kept) == 3
+
+
+def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
+    _, _, weights, kept = banked(tmp_path)
+    with pytest.raises(ValueError, match="outputs are not finite: nan"):
+        kept.put(2 * weights[0], torch.tensor([1.0, float("nan"), 2.0]))
+
+
+def test_one_wild_row_does_not_make_others_pass(tmp_path, monkeypatch):
+    """The rows of another run, one of them 1e12, were adopted: beside it, nothing differs."""
+    _, measure, weights, kept = banked(tmp_path, rows=8)
+    kept.put(2 * weights[0], torch.full((3,), 1e12, dtype=torch.float64))
+    stranger, measure = small(seed=1)
+    drawn = []
+    train = bank.retrained
+    monkeypatch.setattr(bank, "retrained", lambda *work: drawn.append(work[2]) or train(*work))
+    with pytest.raises(ValueError, match="It is of another run"):
+        magic.Bank(kept.path, stranger, measure).adopt()
+    assert 1 <= len(drawn) <= 2
+
+
+def test_adopt_refuses_what_is_not_finite(tmp_path):
+    _, measure, _, kept = banked(tmp_path)
+    other_bits(kept.path, "made", lambda made: "{}")
+    other_bits(kept.path, "outputs", lambda blob: torch.full((3,), torch.inf).double().numpy().tobytes())
+    with pytest.raises(ValueError, match="row 2 is damaged: its numbers are not finite"):
+        magic.Bank(kept.path, _nudged(), measure).adopt(tolerance=1e-3)
+
+
+def test_weights_that_differ_below_float32(tmp_path):
+    run, _, _, kept = banked(tmp_path)
+    here = torch.ones(run.n, dtype=torch.float64)
+    there = here.clone()
+    there[0] += 1e-12
+    kept.put(here, torch.zeros(3))
+    assert kept.get(there) is None and kept.get(here.float()) is not None
+    kept.put(there, torch.ones(3))
+    assert kept.get(here).tolist() == [0.0] * 3 and kept.get(there).tolist() == [1.0] * 3
+    assert torch.equal(kept.rows()[0][-1], there) and len(kept.frame()) == 15
+
+
+def test_an_edited_measure_and_what_others_there_are(tmp_path):
+    """The edit shows neither at the start nor in the first step."""
+    run, _, weights, kept = banked(tmp_path)
+    x, y = run.data
+
+    def edited(model):
+        return cases.loss(model, x[:3], y[:3]).clamp(max=1e6)
+
+    other = magic.Bank(kept.path, run, edited)
+    assert len(other) == 0 and other.get(weights[0]) is None
+    assert "3 rows since 20" in repr(other) and "the code of the measure" in repr(other)
+    with pytest.raises(ValueError, match=r"of another run or measure: .*the code of the measure"):
+        counterfactual.outputs(run, edited, weights, bank=kept, jobs=1, progress=False)
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_labels_changed_in_place(tmp_path, monkeypatch, when):
+    run, measure, weights, kept = banked(tmp_path)
+    train = counterfactual.retrained
+
+    def spoil(*work):
+        run.data[1][-1] = (run.data[1][-1] + 1) % 3
+        return train(*work)
+
+    if when == "before":
+        run.data[1][-1] = (run.data[1][-1] + 1) % 3
+    else:
+        monkeypatch.setattr(counterfactual, "retrained", spoil)
+    with pytest.raises(ValueError, match="the data"):
+        counterfactual.outputs(run, measure, 2 * weights[:1], bank=kept, jobs=1, progress=False)
+    assert len(kept) == 3
+
+
+def test_a_bank_of_what_cannot_be_known(tmp_path):
+    run, measure = small()
+
+    def opaque(model):
+        return measure(model) * eval("1.0")
+
+    with pytest.raises(ValueError, match=r"cannot see: .*cannot be known.*trust="):
+        magic.Bank(tmp_path / "bank.sqlite", run, opaque)
+    kept = magic.Bank(tmp_path / "bank.sqlite", run, opaque, trust=True)
+    weights = subsets.single(run.n, [1])
+    counterfactual.outputs(run, opaque, weights, bank=kept, jobs=1, progress=False)
+    assert len(magic.Bank(tmp_path / "bank.sqlite", run, opaque, trust=True)) == 1
+    counterfactual.outputs(run, opaque, weights, jobs=1, progress=False)
+
+
+def test_the_run_is_unpacked_once_in_a_worker():
+    run, measure = small()
+    packed = counterfactual._packed(run, measure)
+    first = counterfactual._unpacked(packed, "a")
+    assert counterfactual._unpacked(packed, "a") is first and first[0] is not run
+    assert counterfactual._unpacked(packed, "b") is not first and len(counterfactual.UNPACKED) == 1
+    counterfactual.UNPACKED.clear()
+
+
+@pytest.mark.parametrize("package", ["joblib", "pandas"])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, package):
+    run, measure, weights, kept = banked(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'magic-attribution\[notebooks\]'"):
+        if package == "pandas":
+            kept.frame()
+        else:
+            counterfactual.outputs(run, measure, weights, jobs=2, progress=False)
 
 
 SWEEP = """

@@ -191,10 +191,10 @@ def changed(what):
     [
         ("start", "the start s_0"),
         ("rate", "the optimizer or its hyper-parameters"),
-        ("data", "the data is"),
+        ("data", "this has changed: the data"),
         ("order", "the order of the batches"),
         ("loss", "the code of the loss"),
-        ("measure", "what is computed"),
+        ("measure", "the code of the measure"),
         ("weights", "the data weights"),
         ("code", "magic's code"),
         ("threads", "the thread count"),
@@ -216,7 +216,7 @@ def test_a_foreign_folder(what, named, tmp_path, monkeypatch):
         monkeypatch.setattr(directory, "NUMERICS", ("determinism",))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(
-        ValueError, match=rf"belongs to something else: {named}.*Give another folder, or remove"
+        ValueError, match=rf"belongs to something else.*{named}.*Give another folder, or remove"
     ):
         magic.attribute(run, measure, at=0.9 if what == "weights" else None, disk=tmp_path, progress=False)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}, "it was not touched"
@@ -234,10 +234,14 @@ def test_a_training_is_no_replay(tmp_path):
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "identity.json").write_text("{not json")
     run, *_ = cases.build("sgd")
-    with pytest.raises(ValueError, match=r"identity\.json was not written by magic"):
+    with pytest.raises(ValueError, match=r"identity\.json .*was not written by magic"):
         magic.train(run, disk=tmp_path, progress=False)
+    for damaged in ("[]", "", "3"):
+        (tmp_path / "identity.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"identity\.json .*was not written by magic"):
+            magic.train(run, disk=tmp_path, progress=False)
     (tmp_path / "identity.json").write_text(json.dumps({"what is brewed": "tea"}))
-    with pytest.raises(ValueError, match=r"belongs to something else: the start s_0 is .* there it is None"):
+    with pytest.raises(ValueError, match=r"was not written by this version of magic"):
         magic.train(run, disk=tmp_path, progress=False)
 
 
@@ -256,9 +260,211 @@ def test_a_training_noted_elsewhere_contradicts(tmp_path):
     run, *_ = cases.build("sgd")
     magic.train(run, disk=tmp_path, progress=False)
     passed = json.loads((tmp_path / "passed.json").read_text())
-    passed["16"]["params/0.weight"] += 1
+    passed["noted"]["16"]["params/0.weight"] += 1
     (tmp_path / "passed.json").write_text(json.dumps(passed))
     for state in (tmp_path / "training").iterdir():
         state.unlink()
     with pytest.raises(magic.ReplayMismatch, match=r"step 16: 'params/0\.weight'"):
         magic.train(run, disk=tmp_path, progress=False)
+
+
+# --- what others keep in the folder, and files in the wrong place
+
+
+def theirs(folder):
+    """What a user may keep in a folder that magic is given."""
+    outside = folder.parent / "outside"
+    outside.write_text("mine")
+    (folder / "trial").mkdir(parents=True)
+    (folder / "trial" / "notes.txt").write_text("years of work")
+    (folder / "lock").symlink_to(outside)
+    for name in ("probe.part", "download.part", "magic.txt"):
+        (folder / name).write_text(name)
+    return outside
+
+
+def contents(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("what", ["train", "attribute", "plan"])
+def test_what_is_not_ours_is_left_alone(what, tmp_path):
+    run, *_ = cases.build("sgd")
+    folder = tmp_path / "folder"
+    outside = theirs(folder)
+    before = contents(folder)
+    if what == "plan":
+        magic.plan(run, 2, disk=folder)
+    else:
+        with pytest.raises(ValueError, match=r"is not empty and not magic's.*give a new or empty folder"):
+            if what == "train":
+                magic.train(run, disk=folder, progress=False)
+            else:
+                magic.attribute(run, cases.measure_on(*run.data), disk=folder, progress=False)
+    assert contents(folder) == before and outside.read_text() == "mine"
+
+
+def test_what_is_put_into_our_folder_is_left_alone(tmp_path):
+    run, *_ = cases.build("sgd")
+    folder, measure = tmp_path / "folder", cases.measure_on(*run.data)
+    first = magic.attribute(run, measure, disk=folder, progress=False)
+    outside = theirs(folder)
+    (folder / "states" / "download.part").write_text("theirs")
+    before = contents(folder)
+    again = magic.attribute(run, measure, disk=folder, progress=False)
+    assert torch.equal(first.values, again.values)
+    assert contents(folder) == before and outside.read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    run, *_ = cases.build("sgd")
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "magic.lock").symlink_to(outside)
+    with pytest.raises(OSError, match="cannot be opened as a lock"):
+        magic.train(run, disk=tmp_path / "folder", progress=False)
+    assert outside.read_text() == "mine"
+
+
+def test_a_folder_without_its_identity(tmp_path):
+    run, *_ = cases.build("sgd")
+    magic.train(run, disk=tmp_path, progress=False)
+    (tmp_path / "identity.json").unlink()
+    other, *_ = cases.build("adamw")
+    for whose in (run, other):
+        with pytest.raises(ValueError, match=r"not magic's .*no identity\.json"):
+            magic.train(whose, disk=tmp_path, progress=False)
+
+
+def test_a_state_under_another_step_is_refused(tmp_path):
+    """A whole file of step 3, renamed to the last step, would be returned as the final state."""
+    run, *_ = cases.build("sgd")
+    magic.train(run, disk=tmp_path, progress=False)
+    state, weights = run.initial, run.weights()
+    with directory.Directory.open(tmp_path, run, weights, "a training") as folder:
+        for _ in range(3):
+            state = run.step(state, weights)
+        folder._training.save(3, state)
+        folder._training.path(3).replace(folder._training.path(run.steps))
+    with pytest.raises(magic.ReplayMismatch, match=rf"wrong place: its step is 3, not {run.steps}"):
+        magic.train(run, disk=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("what", ["another folder", "another kind"])
+def test_a_state_of_something_else_is_refused(what, tmp_path):
+    run, *_ = cases.build("sgd")
+    for name in ("a", "b"):
+        magic.train(run, disk=tmp_path / name, progress=False)
+    (last,) = (tmp_path / "a" / "training").iterdir()
+    if what == "another folder":
+        last.replace(tmp_path / "b" / "training" / last.name)
+    else:
+        with directory.Directory.open(tmp_path / "b", run, run.weights(), "a training") as folder:
+            folder.states.save(run.steps, run.train(progress=False))
+            folder.states.path(run.steps).replace(folder._training.path(run.steps))
+    named = "its run is" if what == "another folder" else "its kind is 'state', not 'training'"
+    with pytest.raises(magic.ReplayMismatch, match=named):
+        magic.train(run, disk=tmp_path / "b", progress=False)
+
+
+def test_the_final_state_is_compared_with_its_checksums(tmp_path):
+    """A file written whole, with another content, is not what training noted."""
+    run, *_ = cases.build("sgd")
+    final = magic.train(run, disk=tmp_path, progress=False)
+    with directory.Directory.open(tmp_path, run, run.weights(), "a training") as folder:
+        folder._training.save(run.steps, final.map(lambda x: x + 1e-9))
+    again, *_ = cases.build("sgd")
+    with pytest.raises(magic.ReplayMismatch, match=rf"step {run.steps}: .* is not what training noted"):
+        magic.train(again, disk=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"run": null}'])
+def test_a_damaged_passed(content, tmp_path):
+    run, *_ = cases.build("sgd")
+    magic.train(run, disk=tmp_path, progress=False)
+    (tmp_path / "passed.json").write_text(content)
+    with pytest.raises((ValueError, magic.ReplayMismatch), match=r"passed\.json is .*[Rr]emove th"):
+        magic.train(run, disk=tmp_path, progress=False)
+
+
+def test_a_folder_removed_in_mid_run(tmp_path, monkeypatch):
+    import shutil
+
+    run, *_ = cases.build("sgd")
+    monkeypatch.setattr(directory.Directory, "_due", lambda self: True)
+    step = run.step
+
+    def removing(state, weights):
+        if state.step == 5:
+            shutil.rmtree(tmp_path / "folder")
+        return step(state, weights)
+
+    run.step = removing
+    with pytest.raises(OSError, match="The folder is gone: it was removed during the work; call again"):
+        magic.train(run, disk=tmp_path / "folder", progress=False)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_cannot_be_known_is_vouched_for(tmp_path):
+    """A loss that calls eval: its folder is gone on with by `trust` alone, which never covers data."""
+
+    def build(shift=0.0):
+        torch.manual_seed(0)
+        model, (x, y) = cases.mlp().double(), cases.data()
+
+        def loss(model, x, y):
+            return cases.loss(model, x, y) * eval("1.0")
+
+        return magic.Run(model, cases.sgd()(model), (x + shift, y), loss, cases.order())
+
+    final = magic.train(build(), disk=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"the code of the loss cannot be known.*trust="):
+        magic.train(build(), disk=tmp_path, progress=False)
+    again = magic.train(build(), disk=tmp_path, progress=False, trust=True)
+    assert again.fingerprint() == final.fingerprint()
+    with pytest.raises(ValueError, match=r"this has changed: .*the data"):
+        magic.train(build(1e-9), disk=tmp_path, progress=False, trust=True)
+
+
+def test_a_measure_edited_where_the_start_does_not_show_it(tmp_path):
+    run, *_ = cases.build("sgd")
+    x, y = run.data
+
+    def measure(model):
+        return cases.loss(model, x[:3], y[:3])
+
+    def edited(model):
+        return cases.loss(model, x[:3], y[:3]).clamp(max=1e6)
+
+    magic.attribute(run, measure, disk=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"this has changed: .*the code of the measure"):
+        magic.attribute(run, edited, disk=tmp_path, progress=False)
+
+
+def test_a_smaller_memory_is_kept_when_the_work_goes_on(tmp_path):
+    run, measure = slowly()
+    rich = magic.plan(run, targets=3, memory="100MB")
+    assert interrupted(run, measure, rich, tmp_path, after=4) is None
+    poor = magic.plan(run, targets=3, memory="1.5MB")
+    assert (poor.traces, poor.tier_of) != (rich.traces, rich.tier_of)
+    going_on = poor.regrouped(rich.group, rich.chunk)
+    assert (going_on.group, going_on.chunk) == (rich.group, rich.chunk)
+    assert going_on.nbytes <= going_on.room == 1_500_000
+    scores = magic.attribute(run, measure, disk=tmp_path, progress=False, plan=poor)
+    assert torch.equal(scores.values, magic.attribute(run, measure, progress=False, plan=rich).values)
+    least = dataclasses.replace(rich, traces=0, tier_of=(0,)).nbytes
+    tight = dataclasses.replace(poor, room=least - 1)
+    with pytest.raises(ValueError, match=f"the least that works is {least:,}"):
+        tight.regrouped(rich.group, rich.chunk)
+    assert dataclasses.replace(poor, room=least).regrouped(rich.group, rich.chunk).nbytes == least
+
+
+def test_what_was_witnessed_is_kept(tmp_path):
+    run, *_ = cases.build("sgd")
+    values = torch.zeros(2, run.n)
+    noted = directory.Progress(values, values[:, 0], slice(0, 2), witnessed={15: 1e-9, 5: None}, verified=7)
+    with directory.Directory.open(tmp_path, run, run.weights(), "a replay") as folder:
+        folder.note(noted, now=True)
+        found = folder.progress()
+    assert found.witnessed == {15: 1e-9, 5: None} and found.verified == 7

@@ -96,9 +96,11 @@ def test_what_a_kill_leaves_behind_is_removed(states, tmp_path):
     run, found = states
     place = Disk(tmp_path, run.initial)
     place.save(1, found[1])
-    (tmp_path / "state-000000002.safetensors.part").write_bytes(b"begun")
+    (tmp_path / ".magic-0123.part").write_bytes(b"begun")
     assert place.kept() == [1]
-    assert [p.name for p in tmp_path.iterdir()] == ["state-000000001.safetensors"]
+    (tmp_path / "download.part").write_bytes(b"somebody else's")
+    assert place.kept() == [1]
+    assert {p.name for p in tmp_path.iterdir()} == {"state-000000001.safetensors", "download.part"}
 
 
 def test_a_file_can_be_read_by_others(states, tmp_path):
@@ -108,9 +110,42 @@ def test_a_file_can_be_read_by_others(states, tmp_path):
     Disk(tmp_path, run.initial).save(3, found[3])
     with safe_open(tmp_path / "state-000000003.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()["magic"])
-        assert meta["step"] == 3 and set(meta) == {"step", "moved", "order", "fingerprint", "on_cpu"}
+        expected = {"step", "kind", "run", "moved", "order", "fingerprint", "on_cpu"}
+        assert meta["step"] == 3 and set(meta) == expected
         name = next(iter(found[3].params))
         assert torch.equal(file.get_tensor(f"params/{name}"), found[3].params[name])
+
+
+def test_what_a_file_says_of_itself_is_protected(states, tmp_path):
+    run, found = states
+    place = Disk(tmp_path, run.initial)
+    place.save(2, found[2])
+    raw = place.path(2).read_bytes()
+    assert raw.count(b'\\"step\\": 2') == 1
+    place.path(2).write_bytes(raw.replace(b'\\"step\\": 2', b'\\"step\\": 3'))
+    place.path(2).rename(place.path(3))
+    with pytest.raises(magic.ReplayMismatch, match="does not hold the bits"):
+        place.load(3)
+
+
+def test_a_state_that_is_gone(states, tmp_path):
+    run, found = states
+    store = Store([Disk(tmp_path, run.initial)], tier_of=(0, 0))
+    store.save(2, found[2])
+    next(tmp_path.iterdir()).unlink()
+    with pytest.raises(magic.ReplayMismatch, match="step 2: its state is gone from disk"):
+        store.load(2)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    import os
+
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: done.append("sync") or sync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("replace") or replace(a, b))
+    files.write(tmp_path / "x.safetensors", {"x": torch.zeros(3)}, {})
+    files.write_json(tmp_path / "x.json", {"x": 1})
+    assert done == ["sync", "replace", "sync"] * 2
 
 
 def test_a_bit_in_host_memory(states):
