@@ -17,12 +17,13 @@ from .health import Health
 from .judgement import Comparison, compare, lds, leave_one_out
 from .order import batches
 from .planning import Plan, plan
+from .record import ReplayMismatch
 from .replay import train
 from .retraining import retrain
 from .run import Run
 from .second_order import Curvature, curvature
 from .state import State
-from .verify import ReplayMismatch
+from .verification import Verification, verify
 
 __all__ = [
     "Attribution",
@@ -38,6 +39,7 @@ __all__ = [
     "ReplayMismatch",
     "Run",
     "State",
+    "Verification",
     "attribute",
     "baselines",
     "batches",
@@ -55,5 +57,6 @@ __all__ = [
     "smoothness",
     "subsets",
     "train",
+    "verify",
     "where",
 ]

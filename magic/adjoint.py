@@ -26,10 +26,10 @@ from torch import Tensor
 from .equivalents import differentiable
 from .inputs import graph_nodes
 from .optim_adjoint import ADJOINTS, Pull
+from .record import Passed
 from .run import Run
 from .state import Cotangent, State
 from .stopgradients import Stops
-from .verify import Passed
 
 
 class NotDifferentiable(RuntimeError):

@@ -65,6 +65,7 @@ class Attribution(Table):
     run_fingerprint   the run's, which `save` keeps
     run_parts, measure_parts   the identity of run and measure when the scores were made, part by part
     made     when that was
+    verification   what `magic.verify` found, if it was asked; not in a saved file
     """
 
     values: Tensor
@@ -80,6 +81,7 @@ class Attribution(Table):
     run_parts: dict[str, str] | None = None
     measure_parts: dict[str, str] | None = None
     made: str | None = None
+    verification: object | None = None
 
     def __post_init__(self):
         if self.run is not None and self.run_parts is None:

@@ -24,10 +24,10 @@ from torch import Tensor
 from . import determinism
 from .files import PARTS, read, read_json, writable, write, write_json
 from .identity import Identity, changed, of_callable, refusal
+from .record import Passed, ReplayMismatch, checksums
 from .run import Run
 from .state import Cotangent, State
 from .store import Disk
-from .verify import Passed, ReplayMismatch, checksums
 
 # the modules that bits depend on
 NUMERICS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import determinism
-from .verify import ReplayMismatch
+from .record import ReplayMismatch
 
 PARTS = ".magic-*.part"  # files that are being written, or were when a process was killed
 

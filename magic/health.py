@@ -72,8 +72,11 @@ class Health(Table):
         return found
 
     @property
-    def ok(self) -> bool:
-        return not self.problems
+    def ok(self) -> bool | None:
+        """Whether nothing speaks against the scores; None where nothing was checked."""
+        if self.problems:
+            return False
+        return True if self.verified or any(d is not None for d in self.witnessed.values()) else None
 
     def warn(self) -> None:
         """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from .directory import Directory, Progress
 from .finite import NonFinite, checked
 from .optim_adjoint import warn_of_underflow
 from .planning import Plan
+from .record import ReplayMismatch, checksums
 from .run import Run
 from .show import bar
 from .state import Cotangent, State
 from .store import Host, Memory, Store
-from .verify import ReplayMismatch, checksums
 from .witness import check_batching, check_measure, check_step
 
 

@@ -25,11 +25,11 @@ from torch.func import functional_call
 
 from . import determinism, finite, identity, inputs, optim
 from .equivalents import differentiable, measuring
+from .record import Passed
 from .show import bar
 from .state import State
 from .stopgradients import Stops, uses_of
 from .trial import first_step
-from .verify import Passed
 
 REMEMBERED = 8  # trainings whose record is kept; those before are forgotten
 

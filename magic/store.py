@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from .files import PARTS, Misplaced, read, write
+from .record import ReplayMismatch, check_stored, checksums
 from .state import State
-from .verify import ReplayMismatch, check_stored, checksums
 
 
 class Memory:

@@ -15,10 +15,10 @@ import torch
 from . import determinism, footprint
 from .adjoint import trace, traced_vjp
 from .inputs import graph_nodes
+from .record import checksums
 from .run import Run
 from .state import Cotangent, State
 from .store import Disk, written
-from .verify import checksums
 from .witness import EXAMPLES
 
 

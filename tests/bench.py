@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import magic
 from magic import data, models
-from magic.verify import checksums
+from magic.record import checksums
 
 from . import peers
 from .cases import loss as classify

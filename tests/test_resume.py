@@ -13,6 +13,7 @@ import torch
 
 import magic
 from magic import directory
+from magic.record import Passed
 
 from . import cases
 
@@ -465,6 +466,6 @@ def test_what_was_witnessed_is_kept(tmp_path):
     values = torch.zeros(2, run.n)
     noted = directory.Progress(values, values[:, 0], slice(0, 2), witnessed={15: 1e-9, 5: None}, verified=7)
     with directory.Directory.open(tmp_path, run, run.weights(), "a replay") as folder:
-        folder.note(noted, now=True)
+        folder.note(noted, Passed(run.steps), now=True)
         found = folder.progress()
     assert found.witnessed == {15: 1e-9, 5: None} and found.verified == 7

@@ -15,11 +15,11 @@ import magic
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "orders", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs", "order",
-    "state", "finite", "verify", "optim", "trial", "normalisation", "equivalents", "stopgradients", "run",
+    "state", "finite", "record", "optim", "trial", "normalisation", "equivalents", "stopgradients", "run",
     "optim_adjoint", "adjoint", "witness", "schedule", "costs", "timeline", "files", "store", "footprint",
     "tryout", "planning", "health", "directory", "replay", "subsets", "where", "attribution",
-    "retraining", "bank", "counterfactual", "judgement", "best_linear", "second_order", "smoothness",
-    "baselines",
+    "retraining", "bank", "counterfactual", "judgement", "verification", "best_linear", "second_order",
+    "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
@@ -27,7 +27,7 @@ ONLY = {
     "schedule": [],
     "costs": ["schedule"],
     "timeline": ["schedule"],
-    "store": ["files", "state", "verify"],
+    "store": ["files", "state", "record"],
 }
 NUMERICS = ["torch", "numpy"]
 MODULE_LINES, FUNCTION_LINES = 400, 60

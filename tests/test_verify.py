@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import schedule, store, verify
+from magic import record, schedule, store
 from magic.replay import metagradient
 
 from . import cases
@@ -25,26 +25,26 @@ def flip_a_bit(x, element=0, bit=0):
 def test_a_checksum_sees_every_bit(dtype, shape):
     x = torch.randn(shape).mul(3).to(dtype)
     state = magic.State({"p": x}, {}, {"p": {}})
-    before = verify.checksums(state)
-    assert before == verify.checksums(state.map(torch.clone))
+    before = record.checksums(state)
+    assert before == record.checksums(state.map(torch.clone))
     for element in range(x.numel()):
         for bit in range(0, 8 * x.element_size(), 5):
             other = x.clone()
             flip_a_bit(other, element, bit)
-            assert verify.checksums(magic.State({"p": other}, {}, {"p": {}})) != before
+            assert record.checksums(magic.State({"p": other}, {}, {"p": {}})) != before
 
 
 def test_a_checksum_of_a_view():
     x = torch.randn(9)
     state = magic.State({"p": x[1:], "q": x[::2]}, {}, {})
-    assert verify.checksums(state) == verify.checksums(state.map(torch.clone))
+    assert record.checksums(state) == record.checksums(state.map(torch.clone))
 
 
 def test_the_noted_steps_cost_little():
-    passed = verify.Passed(steps=1000)
+    passed = record.Passed(steps=1000)
     noted = [t for t in range(1001) if passed.notes(t)]
-    assert len(noted) <= verify.NOTED + 1 and noted[-1] == 1000 and noted[0] > 0
-    assert [t for t in range(6) if verify.Passed(5).notes(t)] == [1, 2, 3, 4, 5]
+    assert len(noted) <= record.NOTED + 1 and noted[-1] == 1000 and noted[0] > 0
+    assert [t for t in range(6) if record.Passed(5).notes(t)] == [1, 2, 3, 4, 5]
 
 
 class Tampering(store.Memory):
@@ -166,7 +166,7 @@ def test_every_rebuilt_state_is_compared():
         run, cases.measure_on(*cases.data(torch.float32)), progress=False, plan=magic.plan(run, states=1)
     )
     again = sum(
-        sum(verify.Passed(run.steps).notes(t) for t in range(a.t + 1, a.to + 1))
+        sum(record.Passed(run.steps).notes(t) for t in range(a.t + 1, a.to + 1))
         for a in list(schedule.binomial(run.steps, 1))[3:]  # after Save(0), Load(0) and the training
         if isinstance(a, schedule.Advance)
     )
