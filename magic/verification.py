@@ -73,8 +73,9 @@ def verify(
 
     A weight below 2ε stays where it is, since weights are not negative.
 
-    step   ε; by default .001 in float64 and .02 in float32. The doubt is a third of the difference between the
-           two pairs, which is what curvature does to the nearer one, and rounding: the run's precision times the output, over ε
+    step   ε; by default .001 in float64 and .02 in float32. The doubt is a third of the difference between
+           the two pairs, which is what curvature does to the nearer one, and rounding: the run's precision
+           times the output, over ε
     returns a Verification; it is kept as `scores.verification`
 
     Raises ValueError for scores without run and measure, or whose derivative is a mean over several points.

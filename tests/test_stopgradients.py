@@ -1,5 +1,7 @@
-"""Losses that hold a part of themselves fixed: the derivative of the step flows through what its gradient does
-not. Bits against the plain loop, scores against five-point differences of real trainings."""
+"""Losses that hold a part of themselves fixed: the derivative of the step flows through it.
+
+Bits against the plain loop, scores against five-point differences of real trainings.
+"""
 
 import copy
 
