@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "orders",
+    "orders", "rewritten",
     "determinism", "show", "inputs", "state", "verify", "optim", "trial", "normalisation", "equivalents",
     "run", "optim_adjoint", "adjoint", "witness", "schedule", "timeline", "files", "store", "footprint",
     "tryout", "planning", "health", "directory", "replay", "subsets", "where", "attribution", "retraining",
