@@ -26,12 +26,13 @@ WRONG_ONCE = [
     "nn.functional.batch_norm",
 ]  # fmt: skip
 COMMON = [
-    "matmul", "einsum", "softmax", "log_softmax", "logsumexp", "sigmoid", "tanh", "cumsum", "index_select",
-    "gather", "where", "clamp", "norm", "std", "nn.functional.pairwise_distance",
-    "nn.functional.cross_entropy", "nn.functional.silu", "nn.functional.softplus", "nn.functional.gelu", "nn.functional.layer_norm",
-    "nn.functional.group_norm", "nn.functional.conv2d", "nn.functional.conv_transpose2d",
-    "nn.functional.max_pool2d", "nn.functional.avg_pool2d", "nn.functional.embedding", "linalg.solve",
-    "nn.functional.scaled_dot_product_attention", "nn.functional.pdist",
+    "matmul", "einsum", "softmax", "log_softmax", "logsumexp", "sigmoid", "tanh", "cumsum",
+    "index_select", "gather", "where", "clamp", "norm", "std", "nn.functional.pairwise_distance",
+    "nn.functional.cross_entropy", "nn.functional.silu", "nn.functional.softplus", "nn.functional.gelu",
+    "nn.functional.layer_norm", "nn.functional.group_norm", "nn.functional.conv2d",
+    "nn.functional.conv_transpose2d", "nn.functional.max_pool2d", "nn.functional.avg_pool2d",
+    "nn.functional.embedding", "linalg.solve", "nn.functional.scaled_dot_product_attention",
+    "nn.functional.pdist",
 ]  # fmt: skip
 # Operations that have no derivative for some samples, or none at all; the message says so.
 MAY_REFUSE = {
