@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .normalisation import batch_norm, group_norm, layer_norm
 from .orders import batched, further, shared
+from .rewritten import REFUSED, REWRITTEN
 
 aten = torch.ops.aten
 
@@ -224,30 +225,7 @@ def avg_pool2d(
     )
 
 
-# -- rewritten ---------------------------------------------------------------------------------------
-
-
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """torch._weight_norm written out, g v / ‖v‖ (Salimans & Kingma 2016).
-
-    In PyTorch 2.15 the second derivative of the fused form is wrong on the CPU (gradgradcheck fails),
-    without an error; `magic.witness` found it.
-    """
-    kept = None if dim == -1 else dim % v.dim()  # -1: one norm for all of v
-    axes = [i for i in range(v.dim()) if i != kept]
-    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
-
-
-def _without_cudnn(f: Callable) -> Callable:
-    def call(*args, **kwargs):
-        before = torch.backends.cudnn.enabled
-        torch.backends.cudnn.enabled = False  # cudnn.flags() would read a TF32 switch that `fix` has split
-        try:
-            return f(*args, **kwargs)
-        finally:
-            torch.backends.cudnn.enabled = before
-
-    return call
+# -- what takes the place of what ---------------------------------------------------------------------
 
 
 def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
@@ -262,10 +240,6 @@ SAME_BITS: dict[Callable, Callable] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: _torch_batch_norm,
     F.avg_pool2d: avg_pool2d,
-}
-REWRITTEN: dict[Callable, Callable] = {
-    torch._weight_norm: weight_norm,
-    **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 # Inside the transforms of torch.func, PyTorch's own operations stand, but its third derivative of
 # LayerNorm is wrong and BatchNorm has none.
@@ -289,6 +263,8 @@ class _Replace(TorchFunctionMode):
         if func in REWRITTEN:
             self.rewritten = True
             return REWRITTEN[func](*args, **kwargs)
+        if func in REFUSED:
+            return REFUSED[func](*args, **kwargs)
         if func in ATTENTION:
             self.rewritten = True
             with sdpa_kernel(SDPBackend.MATH):

@@ -271,7 +271,7 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
     like any other.
     """
     axes, shape = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2)
-    if training and running_mean is not None and batched():
+    if x.numel() == 0 or (training and running_mean is not None and batched()):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         x = (x - running_mean.view(shape)) / (running_var + eps).sqrt().view(shape)
