@@ -73,8 +73,8 @@ def verify(
 
     A weight below 2ε stays where it is, since weights are not negative.
 
-    step   ε; by default .001 in float64 and .02 in float32. The doubt is a third of the difference between
-           the two pairs, which is what curvature does to the nearer one, and rounding: the run's precision
+    step   ε; by default .001 in float64 and .02 in float32. The doubt is the difference between
+           the two pairs, which curvature makes, and rounding: four times the run's precision
            times the output, over ε
     returns a Verification; it is kept as `scores.verification`
 
@@ -100,6 +100,6 @@ def verify(
     near, far = (found[0] - found[1]) / (2 * h), (found[2] - found[3]) / (4 * h)
     true = (4 * near - far) / 3
     rounding = torch.finfo(run.dtype).eps * found.abs().amax(0) * run.steps**0.5 / h
-    result = Verification(values @ v.double(), true, (near - far).abs() / 3 + 2 * rounding, h)
+    result = Verification(values @ v.double(), true, (near - far).abs() + 4 * rounding, h)
     scores.verification = result
     return result

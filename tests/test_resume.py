@@ -59,6 +59,9 @@ def killed_again_and_again(what, folder, root, kills, seed):
             [sys.executable, "-c", WORK, what, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root
         )
         assert process.stdout.readline() == "begun\n"
+        until = time.monotonic() + 20.0
+        while process.poll() is None and not any(folder.rglob("*.safetensors")) and time.monotonic() < until:
+            time.sleep(0.01)  # a busy machine takes its time to begin
         time.sleep(dice.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -100,8 +103,8 @@ def interrupted(run, measure, plan, folder, after):
         def _due(self):
             return True
 
-        def note(self, progress, now=False):
-            super().note(progress, now)
+        def note(self, progress, passed, now=False):
+            super().note(progress, passed, now)
             notes.append(progress.t)
             if len(notes) == after:
                 raise Stop
@@ -396,10 +399,10 @@ def test_a_folder_removed_in_mid_run(tmp_path, monkeypatch):
     monkeypatch.setattr(directory.Directory, "_due", lambda self: True)
     step = run.step
 
-    def removing(state, weights):
+    def removing(state, *rest):
         if state.step == 5:
             shutil.rmtree(tmp_path / "folder")
-        return step(state, weights)
+        return step(state, *rest)
 
     run.step = removing
     with pytest.raises(OSError, match="The folder is gone: it was removed during the work; call again"):
