@@ -589,8 +589,7 @@ print(complaint(magic.ReplayMismatch, lambda: shelf.load(1)))
 row = order[0][0]
 original = x[row].clone()
 x[row, 0, 4, 4] += 1e-6
-said = complaint(magic.ReplayMismatch, lambda: magic.attribute(run, measure, progress=False))
-claim("the step is named, and its total loss then and now", said.startswith("step 0: the total loss is"))
+print(complaint(magic.ReplayMismatch, lambda: magic.attribute(run, measure, progress=False)))
 x[row] = original
 
 # %% [markdown]
