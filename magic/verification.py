@@ -2,7 +2,9 @@
 
 The other checks look at parts of a replay: a state, a step, a measure. This one looks at all of it at once.
 With a random direction v of ±1 it compares Σᵢ τ_ki vᵢ with the slope of φ_k(f(w + εv)) at ε = 0, by central
-differences at two step sizes. A number flipped anywhere on the way back, in a cotangent or in a sum, shows.
+differences at three step sizes or more. A number flipped anywhere on the way back, in a cotangent or in a
+sum, shows. Two sizes would not do: a first step of Adam is nearly a step of the gradient's sign, and two
+differences that both straddle the kink can agree by chance.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from .attribution import Attribution
 from .counterfactual import outputs
 from .show import Table
 
-STEPS = {torch.float64: 1e-3, torch.float32: 2e-2}
+LADDER = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (4e-2, 1e-2, 2.5e-3, 6e-4)}
 SURE = 0.1  # a slope that is known to a tenth of itself can be told from a wrong one
 
 
@@ -26,13 +28,13 @@ class Verification(Table):
 
     predicted, true  (K,): the slope of each output by the scores, and by finite differences
     doubt            (K,): how far curvature and rounding may have moved the finite difference
-    step             ε, of the nearer pair of trainings
+    steps            every ε that was tried, the largest first; each is a pair of trainings
     """
 
     predicted: Tensor
     true: Tensor
     doubt: Tensor
-    step: float
+    steps: tuple[float, ...]
 
     @property
     def resolved(self) -> Tensor:
@@ -41,26 +43,27 @@ class Verification(Table):
 
     @property
     def agree(self) -> Tensor:
-        """(K,): whether scores and trainings differ by no more than the doubt."""
-        return (self.predicted - self.true).abs() <= self.doubt
+        """(K,): whether scores and trainings differ by no more than the doubt, or cannot be told apart."""
+        return ((self.predicted - self.true).abs() <= self.doubt) | ~self.resolved
 
     @property
     def ok(self) -> bool | None:
-        """Whether every target agrees; None where not one of them could be judged."""
+        """Whether every target that can be judged agrees; None where there is none."""
         if not self.agree.all():
             return False
         return True if self.resolved.any() else None
 
     @property
     def caption(self) -> str:
-        return "The whole derivative against four trainings"
+        return f"The whole derivative against {2 * len(self.steps)} trainings"
 
     def rows(self) -> list[tuple[str, str]]:
         known = self.resolved
+        moved = ", ".join(f"±{step:g}" for step in self.steps)
         gap = (self.predicted - self.true).abs() / self.true.abs().clamp_min(1e-300)
         worst = f"{gap[known].max().item():.0e}" if known.any() else "not known"
         return [
-            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by ±{self.step:g}"),
+            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by {moved}"),
             ("largest difference", f"{worst}, relative to the slope"),
             ("verdict", {True: "agrees", False: "DIFFERS", None: "cannot tell"}[self.ok]),
         ]
@@ -69,13 +72,13 @@ class Verification(Table):
 def verify(
     scores: Attribution, *, step: float | None = None, seed: int = 0, progress: bool = True
 ) -> Verification:
-    """Compare the scores with four trainings at w ± εv and w ± 2εv, v a random direction of ±1.
+    """Compare the scores with trainings at w ± εv, for three step sizes ε or more, v random of ±1.
 
-    A weight below 2ε stays where it is, since weights are not negative.
+    A weight below the largest ε stays where it is, since weights are not negative. A target counts as judged
+    where three step sizes in a row agree to a twentieth of the slope. Smaller ones are tried while a target
+    is not judged: ten trainings at most in float64, eight in float32.
 
-    step   ε; by default .001 in float64 and .02 in float32. The doubt is the difference between
-           the two pairs, which curvature makes, and rounding: four times the run's precision
-           times the output, over ε
+    step   the largest ε; by default .001 in float64 and .04 in float32
     returns a Verification; it is kept as `scores.verification`
 
     Raises ValueError for scores without run and measure, or whose derivative is a mean over several points.
@@ -85,21 +88,49 @@ def verify(
         raise ValueError("these scores know no run and measure; give them to Attribution.load")
     if not scores.tangent:
         raise ValueError("these scores are a mean over several points; verify a derivative at one point")
-    h = STEPS[run.dtype] if step is None else float(step)
-    if not 0 < h < 1:
+    ladder = LADDER[run.dtype]
+    largest = ladder[0] if step is None else float(step)
+    if not 0 < largest < 1:
         raise ValueError(f"step={step}: weights are moved by a number between 0 and 1")
+    steps = [largest * rung / ladder[0] for rung in ladder]
     dice = torch.Generator().manual_seed(seed)
     at = scores.at.detach().cpu().to(run.dtype)
     v = (torch.randint(2, (run.n,), generator=dice, device="cpu") * 2 - 1).to(at)
-    v = torch.where(at < 2 * h, 0.0, v)
+    v = torch.where(at < largest, 0.0, v)
     if not v.any():
         raise ValueError("every data weight is near 0, where it cannot be moved both ways")
-    points = torch.stack([at + k * h * v for k in (1, -1, 2, -2)])
-    found = outputs(run, scores.measure, points, progress=progress).double().cpu()
-    values = scores.values.double().cpu()
-    near, far = (found[0] - found[1]) / (2 * h), (found[2] - found[3]) / (4 * h)
-    true = (4 * near - far) / 3
-    rounding = torch.finfo(run.dtype).eps * found.abs().amax(0) * run.steps**0.5 / h
-    result = Verification(values @ v.double(), true, (near - far).abs() + 4 * rounding, h)
+    predicted = scores.values.double().cpu() @ v.double()
+    slopes, rounding = _slopes(scores, at, v, steps[:3], progress)
+    result = _judge(predicted, slopes, rounding, steps)
+    for h in steps[3:]:
+        if result.resolved.all():
+            break
+        more = _slopes(scores, at, v, [h], progress)
+        slopes, rounding = torch.cat([slopes, more[0]]), torch.cat([rounding, more[1]])
+        result = _judge(predicted, slopes, rounding, steps)
     scores.verification = result
     return result
+
+
+def _slopes(
+    scores: Attribution, at: Tensor, v: Tensor, steps: list[float], progress: bool
+) -> tuple[Tensor, Tensor]:
+    """(len(steps), K) each: central differences along v, and how far rounding may have moved them.
+
+    Each of T steps rounds an output by about the precision of its type, and errors add up like √T.
+    """
+    points = torch.stack([at + sign * h * v for h in steps for sign in (1, -1)])
+    found = outputs(scores.run, scores.measure, points, progress=progress).double().cpu()
+    h = torch.tensor(steps, dtype=torch.float64)[:, None]
+    rounding = 4 * torch.finfo(scores.run.dtype).eps * scores.run.steps**0.5 * found.abs().amax(0) / h
+    return (found[::2] - found[1::2]) / (2 * h), rounding
+
+
+def _judge(predicted: Tensor, slopes: Tensor, rounding: Tensor, steps: list[float]) -> Verification:
+    """For each target the three neighbouring step sizes that agree best, and twice how far they differ."""
+    spread = torch.stack(
+        [slopes[i : i + 3].amax(0) - slopes[i : i + 3].amin(0) for i in range(len(slopes) - 2)]
+    )
+    doubt, best = (2 * spread + rounding[2:]).min(0)
+    true = slopes[2:].gather(0, best[None])[0]
+    return Verification(predicted, true, doubt, tuple(steps[: len(slopes)]))

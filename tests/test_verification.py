@@ -8,17 +8,27 @@ import magic
 from . import cases
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_right_scores_agree_and_one_wrong_number_does_not(dtype):
-    run, *_ = cases.build("adamw", dtype)
+@pytest.mark.parametrize(
+    "case, dtype", [("adamw", torch.float64), ("sgd", torch.float64), ("sgd", torch.float32)]
+)
+def test_right_scores_agree_and_one_wrong_number_does_not(case, dtype):
+    run, *_ = cases.build(case, dtype)
     scores = magic.attribute(run, cases.measure_on(*cases.data(dtype)), progress=False)
     found = magic.verify(scores, progress=False)
-    assert found.ok is True and found.resolved.sum() >= (3 if dtype == torch.float64 else 1)
+    assert found.ok is True and found.resolved.all()
     assert scores.verification is found and "agrees" in repr(found)
     values = scores.values.clone()
     values[1, 7] += 0.5 * values[1].abs().sum()  # as an exponent's bit flipped in a cotangent would
     wrong = magic.verify(scores.like(values), progress=False)
     assert wrong.ok is False and wrong.agree.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_cannot_be_judged_is_no_alarm(seed):
+    """Adam's first steps are nearly steps of the sign: in float32 no step size resolves every slope."""
+    run, *_ = cases.build("adamw", torch.float32)
+    scores = magic.attribute(run, cases.measure_on(*cases.data(torch.float32)), progress=False)
+    assert magic.verify(scores, seed=seed, progress=False).ok is not False
 
 
 def test_what_cannot_be_verified_says_so():
