@@ -13,7 +13,7 @@ from .bank import Bank
 from .best_linear import Optimality, optimality
 from .determinism import NotDeterministic, fingerprint
 from .finite import NonFinite
-from .health import Health
+from .health import Health, Verification
 from .judgement import Comparison, compare, lds, leave_one_out
 from .order import batches
 from .planning import Plan, plan
@@ -23,7 +23,7 @@ from .retraining import retrain
 from .run import Run
 from .second_order import Curvature, curvature
 from .state import State
-from .verification import Verification, verify
+from .verification import verify
 
 __all__ = [
     "Attribution",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import determinism, identity
 from .files import replacing
-from .health import Health
+from .health import Health, Verification
 from .inputs import check_indices
 from .planning import Plan
 from .planning import plan as settle
@@ -32,19 +32,21 @@ from .show import Table
 from .where import Where, describe
 from .where import settle as settle_where
 
+JUDGED = {"health": Health, "verification": Verification}  # how far the numbers can be trusted
 KEPT = ("where", "tangent", "run_parts", "measure_parts", "made")  # in a file, besides the numbers
 
 
 def _checked_meta(meta) -> dict:
     """What a file says of its scores; ValueError if `save` cannot have written it."""
-    texts = {"run": str, "where": str, "made": str, "tangent": bool, "run_parts": dict, "measure_parts": dict}
+    texts = {"run": str, "where": str, "made": str, "tangent": bool}
+    texts |= {name: dict for name in ("run_parts", "measure_parts", *JUDGED)}
     if not isinstance(meta, dict) or "run" not in meta:
         raise ValueError("it does not say of which run it is")
     for name, kind in texts.items():
         value = meta.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"its {name} is {value!r}")
-        if kind is dict and value and not all(isinstance(x, str) for x in value.values()):
+        if name.endswith("_parts") and value and not all(isinstance(x, str) for x in value.values()):
             raise ValueError(f"its {name} holds what is no digest")
     return meta
 
@@ -65,7 +67,7 @@ class Attribution(Table):
     run_fingerprint   the run's, which `save` keeps
     run_parts, measure_parts   the identity of run and measure when the scores were made, part by part
     made     when that was
-    verification   what `magic.verify` found, if it was asked; not in a saved file
+    verification   what `magic.verify` found, if it was asked
     """
 
     values: Tensor
@@ -81,7 +83,7 @@ class Attribution(Table):
     run_parts: dict[str, str] | None = None
     measure_parts: dict[str, str] | None = None
     made: str | None = None
-    verification: object | None = None
+    verification: Verification | None = None
 
     def __post_init__(self):
         if self.run is not None and self.run_parts is None:
@@ -134,7 +136,7 @@ class Attribution(Table):
             raise ValueError(
                 f"values must be {tuple(self.values.shape)}, (K, n); they are {tuple(values.shape)}"
             )
-        return dataclasses.replace(self, values=values, plan=None, health=None)
+        return dataclasses.replace(self, values=values, plan=None, health=None, verification=None)
 
     def top(self, target: int = 0, k: int = 5):
         """The k most helpful and the k most harmful examples for one output, read as a loss.
@@ -163,11 +165,12 @@ class Attribution(Table):
         return pandas.DataFrame(rows, columns=columns)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the numbers, and the identity of run and measure but not these themselves, as a NumPy .npz
-        without pickle, whole or not at all."""
+        """Write the numbers, their health and verification, and the identity of run and measure but not these
+        themselves, as a NumPy .npz without pickle, whole or not at all."""
         path = os.fspath(path)
         meta = {"format": 2, "run": self.run_fingerprint}
         meta |= {name: getattr(self, name) for name in KEPT}
+        meta |= {name: found.note() for name in JUDGED if (found := getattr(self, name))}
         arrays = {"values": self.values, "outputs": self.outputs, "at": self.at}
         with replacing(path) as part, open(part, "wb") as file:
             np.savez(
@@ -195,6 +198,7 @@ class Attribution(Table):
                 meta = _checked_meta(json.loads(file["meta"].tobytes()))
                 values, outputs, at = (torch.from_numpy(file[k]) for k in ("values", "outputs", "at"))
             kept = {name: meta[name] for name in KEPT if name in meta}
+            kept |= {name: kind.of(meta[name]) for name, kind in JUDGED.items() if name in meta}
             found = cls(values, outputs, at, run_fingerprint=meta["run"], **kept)
         except FileNotFoundError:
             raise

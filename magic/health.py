@@ -13,10 +13,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .show import Table
 
 DECADES = 6.0  # powers of ten; float32 carries seven
 SMALL = 0.05  # a share of the data that a tangent should at least be good for
+SURE = 0.1  # a slope that is known to a tenth of itself can be told from a wrong one
 SAMPLES = 64  # steps of a run at which the cotangent is measured
 GROWS = (
     "growing on the way back: a small change at an early step is amplified at every later one, and the "
@@ -45,6 +49,18 @@ class Health(Table):
     verified: int
     witnessed: dict[int, float | None]
     trusted: float | None = None
+
+    def note(self) -> dict:
+        """What JSON can keep of it; `of` reads it."""
+        return vars(self) | {"witnessed": list(self.witnessed.items())}
+
+    @classmethod
+    def of(cls, note: dict) -> Health:
+        """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
+        sizes = tuple((int(t), tuple(map(float, row))) for t, row in note["sizes"])
+        witnessed = {int(t): None if d is None else float(d) for t, d in note["witnessed"]}
+        trusted = None if note["trusted"] is None else float(note["trusted"])
+        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, trusted)
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -131,4 +147,65 @@ class Health(Table):
                 else [("not to be trusted for removals", f"beyond {self.trusted:.1%}")]
             ),
             ("problems", "; ".join(self.problems) or "none seen"),
+        ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Table):
+    """What trainings along one random direction say of the scores.
+
+    predicted, true  (K,): the slope of each output by the scores, and by finite differences
+    doubt            (K,): how far curvature and rounding may have moved the finite difference
+    steps            every ε that was tried, the largest first; each is a pair of trainings
+    """
+
+    predicted: Tensor
+    true: Tensor
+    doubt: Tensor
+    steps: tuple[float, ...]
+
+    def note(self) -> dict:
+        """What JSON can keep of it; `of` reads it."""
+        return {
+            name: list(map(float, getattr(self, name))) for name in ("predicted", "true", "doubt", "steps")
+        }
+
+    @classmethod
+    def of(cls, note: dict) -> Verification:
+        """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
+        numbers = [torch.tensor(note[name], dtype=torch.float64) for name in ("predicted", "true", "doubt")]
+        if len({x.shape for x in numbers}) > 1 or numbers[0].dim() != 1:
+            raise ValueError("its verification has unequal lengths")
+        return cls(*numbers, tuple(map(float, note["steps"])))
+
+    @property
+    def resolved(self) -> Tensor:
+        """(K,): whether the finite difference is sharp enough to judge this target."""
+        return self.doubt <= SURE * torch.maximum(self.true.abs(), self.predicted.abs())
+
+    @property
+    def agree(self) -> Tensor:
+        """(K,): whether scores and trainings differ by no more than the doubt, or cannot be told apart."""
+        return ((self.predicted - self.true).abs() <= self.doubt) | ~self.resolved
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether every target that can be judged agrees; None where there is none."""
+        if not self.agree.all():
+            return False
+        return True if self.resolved.any() else None
+
+    @property
+    def caption(self) -> str:
+        return f"The whole derivative against {2 * len(self.steps)} trainings"
+
+    def rows(self) -> list[tuple[str, str]]:
+        known = self.resolved
+        moved = ", ".join(f"±{step:g}" for step in self.steps)
+        gap = (self.predicted - self.true).abs() / self.true.abs().clamp_min(1e-300)
+        worst = f"{gap[known].max().item():.0e}" if known.any() else "not known"
+        return [
+            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by {moved}"),
+            ("largest difference", f"{worst}, relative to the slope"),
+            ("verdict", {True: "agrees", False: "DIFFERS", None: "cannot tell"}[self.ok]),
         ]

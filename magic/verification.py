@@ -9,64 +9,14 @@ differences that both straddle the kink can agree by chance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .attribution import Attribution
 from .counterfactual import outputs
-from .show import Table
+from .health import Verification
 
 LADDER = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (4e-2, 1e-2, 2.5e-3, 6e-4)}
-SURE = 0.1  # a slope that is known to a tenth of itself can be told from a wrong one
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Verification(Table):
-    """What trainings along one random direction say of the scores.
-
-    predicted, true  (K,): the slope of each output by the scores, and by finite differences
-    doubt            (K,): how far curvature and rounding may have moved the finite difference
-    steps            every ε that was tried, the largest first; each is a pair of trainings
-    """
-
-    predicted: Tensor
-    true: Tensor
-    doubt: Tensor
-    steps: tuple[float, ...]
-
-    @property
-    def resolved(self) -> Tensor:
-        """(K,): whether the finite difference is sharp enough to judge this target."""
-        return self.doubt <= SURE * torch.maximum(self.true.abs(), self.predicted.abs())
-
-    @property
-    def agree(self) -> Tensor:
-        """(K,): whether scores and trainings differ by no more than the doubt, or cannot be told apart."""
-        return ((self.predicted - self.true).abs() <= self.doubt) | ~self.resolved
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether every target that can be judged agrees; None where there is none."""
-        if not self.agree.all():
-            return False
-        return True if self.resolved.any() else None
-
-    @property
-    def caption(self) -> str:
-        return f"The whole derivative against {2 * len(self.steps)} trainings"
-
-    def rows(self) -> list[tuple[str, str]]:
-        known = self.resolved
-        moved = ", ".join(f"±{step:g}" for step in self.steps)
-        gap = (self.predicted - self.true).abs() / self.true.abs().clamp_min(1e-300)
-        worst = f"{gap[known].max().item():.0e}" if known.any() else "not known"
-        return [
-            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by {moved}"),
-            ("largest difference", f"{worst}, relative to the slope"),
-            ("verdict", {True: "agrees", False: "DIFFERS", None: "cannot tell"}[self.ok]),
-        ]
 
 
 def verify(

@@ -1,5 +1,8 @@
 """magic.verify: the whole derivative against real trainings."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +55,30 @@ def test_health_is_unknown_where_nothing_was_checked():
     assert magic.Health(16, (), 0, {}).ok is None
     assert magic.Health(16, (), 3, {}).ok is True
     assert magic.Health(16, (), 3, {5: None}).ok is False
+
+
+def test_a_saved_file_keeps_what_is_known_of_its_numbers(tmp_path):
+    run, *_ = cases.build("sgd")
+    scores = magic.attribute(run, cases.measure_on(*cases.data()), progress=False)
+    found = magic.verify(scores, progress=False)
+    scores.save(tmp_path / "scores.npz")
+    back = magic.Attribution.load(tmp_path / "scores.npz", run, scores.measure)
+    assert back.health == scores.health and back.health.ok is True and back.health.witnessed
+    assert repr(back.verification) == repr(found) and torch.equal(back.verification.true, found.true)
+    back.save(tmp_path / "again.npz")
+    assert repr(magic.Attribution.load(tmp_path / "again.npz").verification) == repr(found)
+    other = scores.like(scores.values * 2)
+    assert other.health is None and other.verification is None, "they are not known of other numbers"
+    other.save(tmp_path / "other.npz")
+    assert magic.Attribution.load(tmp_path / "other.npz").health is None
+
+
+@pytest.mark.parametrize(
+    "meta", [{"health": {"steps": 3}}, {"health": [1]}, {"verification": {"predicted": [1], "true": []}}]
+)
+def test_a_file_that_lies_about_its_health_is_refused(meta, tmp_path):
+    numbers = {"values": np.zeros((1, 2)), "outputs": np.zeros(1), "at": np.ones(2)}
+    text = json.dumps({"run": None} | meta).encode()
+    np.savez(tmp_path / "x.npz", meta=np.frombuffer(text, dtype=np.uint8), **numbers)
+    with pytest.raises(ValueError, match=r"not written by Attribution\.save"):
+        magic.Attribution.load(tmp_path / "x.npz")
