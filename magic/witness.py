@@ -28,6 +28,7 @@ from torch import Tensor
 from . import determinism
 from .adjoint import NotDifferentiable, own_functions, pull, refusing
 from .inputs import clean_copy, each
+from .optim import adam
 from .run import Run
 from .state import State
 
@@ -37,6 +38,7 @@ STEPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DIRECTIONS = 3  # tried before a derivative is called wrong
 EXAMPLES = 8  # of a batch
+NOISE = 1e-12  # a gradient smaller than the largest one by this is noise: float64 rounds by 1e-16
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
@@ -56,6 +58,13 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
             except Exception as error:
                 _warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
                 return None
+        if run.rule is adam and (names := _noisy(gradient(point))):
+            _warn(
+                f"{unchecked}: the gradient of {names[0]!r} is rounding noise beside the others, as that of "
+                "a bias in front of a normalisation is, and Adam divides it by its own size. Leave it out, "
+                "with bias=False"
+            )
+            return None
         right, wrong = [], []
         for tried in range(DIRECTIONS):
             if tried >= directions and not wrong:
@@ -75,10 +84,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
                 + (f" (this run has {own})" if own else "")
             )
         if not right:
-            _warn(
-                f"{unchecked}: finite differences are not steady. Either part of it is in low precision, "
-                "or a gradient is rounding noise, as that of a bias in front of a normalisation is"
-            )
+            _warn(f"{unchecked}: finite differences are not steady. Part of it may be in low precision")
             return None
         return max(slope.gap(seen) for seen, slope in right)
 
@@ -197,8 +203,10 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, _Slop
         outputs = gradient(leaves, create_graph=True)
         outputs = {name: y for name, y in outputs.items() if y.isfinite().all()}  # a mask may hold −∞
         own = own_functions(list(outputs.values()))
-        # Each output tensor counts the same, whatever its size.
+        # Each output tensor counts the same, whatever its size; one that is rounding noise does not count.
+        noisy = _noisy(outputs)
         rows = {name: _random(y, dice) / (y.detach().norm() + 1e-300) for name, y in outputs.items()}
+        rows = {name: row * (name not in noisy) for name, row in rows.items()}
         cotangents = [c.unsqueeze(0) for c in rows.values()]
         ((_, pulled),) = pull(list(outputs.values()), list(leaves.values()), lambda _: cotangents, 1)
         seen = sum((g[0] * d).sum() for g, d in zip(pulled, direction.values(), strict=True)).item()
@@ -210,6 +218,15 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, _Slop
         return sum((c * outputs[name].detach()).sum() for name, c in rows.items()).item()
 
     return seen, _steady(along, STEPS, TOLERANCE, seen, rounding=1e-9), own
+
+
+def _noisy(gradients: dict[str, Tensor]) -> list[str]:
+    """The parameters whose gradient, in float64, is nothing but rounding beside that of the others."""
+    sizes = {
+        name: y.detach().norm().item() for name, y in gradients.items() if not name.startswith("buffers/")
+    }
+    least = NOISE * max(sizes.values(), default=0.0)
+    return [name for name, size in sizes.items() if 0 < size < least]
 
 
 @dataclass(frozen=True)
