@@ -4,8 +4,8 @@ Autograd differentiates what it is shown. A `detach()`, a `no_grad()` block, a b
 its back or an autograd Function with a wrong second derivative changes the derivative of a training
 run without any error. So while a replay goes back, some steps are compared with what they really do
 when their inputs move. The optimizer's update is ours and tested; compared is the part that is the
-user's: the gradient and the buffers as functions of parameters, buffers and weights (in float64), and
-what is measured as a function of the final state (in the run's precision).
+user's: the gradient and the buffers as functions of parameters, buffers and weights, and what is measured
+as a function of the final state, all of it in float64 (`magic.precision`).
 
 A finite difference has doubts of its own: rounding, which is measured on the spot, and kinks, which two
 step sizes see differently. What lies within them is no error; and a derivative is called wrong only if
@@ -26,16 +26,18 @@ import torch
 from torch import Tensor
 
 from . import determinism
-from .adjoint import NotDifferentiable, own_functions, pull, refusing
+from .adjoint import NotDifferentiable, measure_vjp, own_functions, pull, refusing
 from .inputs import clean_copy, each
 from .optim import adam
+from .precision import InDouble
 from .run import Run
-from .state import State
+from .state import Cotangent, State
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. The last ones are for
 # arithmetic that is in float32 inside.
 STEPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
+DROWNED = 0.05  # the share of a derivative that rounding may make up
 DIRECTIONS = 3  # tried before a derivative is called wrong
 EXAMPLES = 8  # of a batch
 NOISE = 1e-12  # a gradient smaller than the largest one by this is noise: float64 rounds by 1e-16
@@ -95,8 +97,7 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
     Of the batch, the first few examples; their number does not matter to what is checked.
     """
     t = state.step
-    shadow = copy.copy(run)
-    shadow._adopt(clean_copy(run._model).double())
+    shadow = _shadow(run)
     shadow.data = each(lambda x: _double(x[:examples]), run.batch(t))
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: _double(b) for name, b in state.buffers.items()}
@@ -109,7 +110,8 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = shadow.gradient(params, held, values["weights"], 0, create_graph)
+        with InDouble():
+            found = shadow.gradient(params, held, values["weights"], 0, create_graph)
         after = {f"buffers/{name}": b for name, b in found.buffers.items() if b.is_floating_point()}
         return {name: g for name, g in found.by_name.items() if g is not None} | after
 
@@ -119,14 +121,44 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
 
 
 def check_measure(
-    run: Run, state: State, measure, cotangent: State, targets: slice | None = None
+    run: Run, state: State, measure, cotangent: Cotangent, targets: slice | None = None
 ) -> float | None:
     """Raise NotDifferentiable if `cotangent`, ∂φ/∂s_T, is not how measure moves with the final state.
 
-    `targets` are the outputs that the cotangent is of. In the run's own precision, since measure may
-    hold data in it. Returns the relative difference found, or None, with a warning, where no finite
-    difference is steady.
+    `targets` are the outputs that the cotangent is of. All is done in float64, and where measure does not
+    run in it, in the run's own precision. Returns the relative difference found, or None, with a warning,
+    where no finite difference is steady, or where float32 holds no more of the derivative than noise.
     """
+    if run.dtype != torch.float64:
+        try:
+            shadow, exact = _shadow(run), state.map(_double)
+            with determinism.fix(), InDouble():
+                pulled = measure_vjp(shadow, exact, measure, targets, chunk=1)
+                found = _check_measure(shadow, exact, measure, pulled, targets)
+        except NotDifferentiable:
+            raise
+        except Exception:  # it may insist on float32
+            return _check_measure(run, state, measure, cotangent, targets)
+        return None if _drowned(cotangent, pulled, targets.start if targets else 0) else found
+    with InDouble():
+        return _check_measure(run, state, measure, cotangent, targets)
+
+
+def _drowned(cotangent: Cotangent, exact: Cotangent, first: int) -> bool:
+    """Warn, and say so, if rounding makes up much of the derivative of an output, from number `first` on."""
+    here = torch.cat([x.double().flatten(1) for x in cotangent.params.values()], 1)
+    true = torch.cat([x.flatten(1) for x in exact.params.values()], 1)
+    off, target = ((here - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-300)).max(0)
+    if off > DROWNED:
+        _warn(
+            f"in the run's precision {off.item():.0%} of the derivative of output {first + target.item()} of "
+            "measure is rounding: it is nearly 0, as the loss of an example is that is predicted well. "
+            "Measure a logit or a margin, or train in float64"
+        )
+    return bool(off > DROWNED)
+
+
+def _check_measure(run: Run, state: State, measure, cotangent, targets: slice | None) -> float | None:
     dice, right, wrong = torch.Generator().manual_seed(0), [], []
     for _ in range(DIRECTIONS):
         seen, slope, moves = _compare_measure(run, state, measure, cotangent, targets, dice)
@@ -265,6 +297,14 @@ def _steady(along, steps: tuple[float, ...], tolerance: float, seen: float, roun
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=dice, dtype=x.dtype, device="cpu").to(x.device)
+
+
+def _shadow(run: Run) -> Run:
+    """The run with its model in float64."""
+    shadow = copy.copy(run)
+    shadow._adopt(clean_copy(run._model).double())
+    shadow.dtype = torch.float64
+    return shadow
 
 
 def _double(x: Tensor) -> Tensor:
