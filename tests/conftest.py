@@ -1,8 +1,13 @@
 """Bits depend on the thread count, so it is fixed; unit tests also run on CUDA where there is one."""
 
+import os
+
 import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
+
+# Several workers share the cores. What they start, notebooks' kernels among it, takes one thread each, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
