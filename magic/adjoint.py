@@ -121,6 +121,11 @@ def refusing(where: str):
     except NotDifferentiable:
         raise
     except RuntimeError as error:
+        if "_Stop is a view" in str(error):
+            raise NotDifferentiable(
+                f"{where}: something is written in place through .data or detach(), behind autograd's back; "
+                "write x + (new - x).detach() in its place, or do it in the optimizer"
+            ) from error
         if "derivative" not in str(error) and "differentiable" not in str(error):
             raise
         raise NotDifferentiable(
