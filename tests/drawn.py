@@ -109,38 +109,62 @@ ACTS = {
 
 
 class Net(nn.Module):
-    """input, norm, activation, dropout, a residual layer, a head; maybe with a moving average of itself."""
+    """input, norm, activation, dropout, a residual layer, a head; and what it keeps in buffers."""
 
-    def __init__(self, source: str, norm: str, act: str, dropout: float, averaged: bool):
+    def __init__(self, source: str, norm: str, act: str, dropout: float, keeps: str):
         super().__init__()
         make, width = INPUTS[source]
         self.body = nn.Sequential(make(), NORMS[norm](width), ACTS[act](), nn.Dropout(dropout))
         self.deeper, self.act = nn.Linear(width, width), ACTS[act]()
         self.head = nn.Linear(width, CLASSES)
-        self.means = {}
-        if averaged:
+        self.keeps, self.means = keeps, {}
+        if keeps.startswith("average"):
             for i, (name, p) in enumerate(list(self.named_parameters())):
                 self.register_buffer(f"mean{i}", p.detach().clone())
                 self.means[name] = f"mean{i}"
+        if keeps.startswith("queue"):
+            self.register_buffer("queue", torch.ones(5, width))
+            self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 
     def features(self, x):
         h = self.body(x)
         return h + self.act(self.deeper(h))
 
     def forward(self, x):
+        h = self.features(x)
         if self.training:
-            parameters = dict(self.named_parameters())
-            with torch.no_grad():
-                for name, mean in self.means.items():
-                    getattr(self, mean).lerp_(parameters[name], 0.2)
-        return self.head(self.features(x))
+            self.remember(h)
+        return self.head(h)
+
+    @torch.no_grad()
+    def remember(self, h):
+        """Move the average, or put two features into the queue, in one of the ways that people write."""
+        parameters = dict(self.named_parameters())
+        for name, mean in self.means.items():
+            if self.keeps == "average":
+                getattr(self, mean).lerp_(parameters[name], 0.2)
+            elif self.keeps == "average-data":
+                getattr(self, mean).data.mul_(0.8).add_(parameters[name].data, alpha=0.2)
+            else:
+                setattr(self, mean, 0.8 * getattr(self, mean) + 0.2 * parameters[name].detach())
+        if self.keeps in ("queue", "queue-view"):
+            at = int(self.place)
+            if self.keeps == "queue":
+                self.queue[at : at + 2] = h[:2]
+            else:
+                self.queue.narrow(0, at, 2).lerp_(h[:2], 0.7)
+            self.place.fill_((at + 2) % 4)
+        elif self.keeps == "queue-rolled":
+            self.queue.copy_(torch.cat([h[:2].detach(), self.queue[:-2]]))
 
     def target(self, x):
-        """What the average of the net says, without a gradient; the net itself, where there is none."""
-        h = self.body[1:](self.body[0](x))
+        """What it says with what it keeps: by its average's head, or from features mixed out of the queue."""
+        h = self.body(x)
+        if "queue" in self._buffers:
+            h = (h @ self.queue.T).softmax(1) @ self.queue
         if not self.means:
             return self.head(h)
-        held = {name: getattr(self, f"{self.means[f'head.{name}']}") for name in ("weight", "bias")}
+        held = {name: getattr(self, self.means[f"head.{name}"]) for name in ("weight", "bias")}
         return functional_call(self.head, held, (h,))
 
 
@@ -321,7 +345,8 @@ CHOICES = {
     "norm": list(NORMS),
     "act": list(ACTS),
     "dropout": [0.0, 0.0, 0.3],
-    "averaged": [False, True],
+    "keeps": ["nothing", "nothing", "average", "average-data", "average-new"]
+    + ["queue", "queue-view", "queue-rolled"],
     "base": list(BASES),
     "extra": list(EXTRAS),
     "optimizer": list(OPTIMIZERS),
@@ -340,7 +365,7 @@ class Draw:
     norm: str
     act: str
     dropout: float
-    averaged: bool
+    keeps: str
     base: str
     extra: str
     optimizer: str
@@ -356,7 +381,7 @@ class Draw:
         dice = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = Net(self.source, self.norm, self.act, self.dropout, self.averaged).double()
+            model = Net(self.source, self.norm, self.act, self.dropout, self.keeps).double()
         x = torch.randn(N, FEATURES, generator=dice, dtype=torch.float64)
         y = torch.randint(CLASSES, (N,), generator=dice)
         order = BATCHES[self.batches](dice)
@@ -383,13 +408,13 @@ def total_loss(base, extra, model, x, y):
     return base(model, x, y) + extra(model, x)
 
 
-def measure_on(run, averaged: bool):
-    """The losses of the first examples, and, where the net averages itself, one of its average."""
+def measure_on(run, keeps: str = "nothing"):
+    """The losses of the first examples, and, where the net keeps something, one that reads it."""
     x, y = (part[:TARGETS].clone() for part in run.data)
 
     def measure(model):
         losses = entropy(model, x, y)
-        if averaged:
+        if keeps != "nothing":
             told = F.cross_entropy(model.target(x), y, reduction="none")
             losses = torch.cat([losses[:-1], told[-1:]])
         return losses

@@ -24,7 +24,7 @@ BOUND, SHARP, BATCHED = 1e-7, 1e-8, 1e-10
 def examine(draw, folder):
     """Raise AssertionError where this run breaks a property."""
     run, model, optimizer, scheduler, at = draw.build()
-    measure = drawn.measure_on(run, draw.averaged)
+    measure = drawn.measure_on(run, draw.keeps)
     final = run.train(progress=False)
     plain = drawn.plain_loop(run, model, optimizer, scheduler)
     ours = {**final.params, **final.buffers}
@@ -62,6 +62,20 @@ def against_differences(run, measure, scores, seed):
 
 
 FIRST = drawn.Draw(**{part: choices[0] for part, choices in drawn.CHOICES.items()})
+WERE_WRONG = {
+    # one more step gave the update's adjoint other bits than the trace did
+    "bits of a plan": {"source": "words", "norm": "batch-slow", "act": "gelu", "base": "smoothed"}
+    | {"extra": "penalty", "optimizer": "amsgrad", "batches": "repeated", "weights": "random", "seed": 690},
+    # the second forward pass writes the buffers that the first one's graph holds
+    "a buffer written after it was read": {"act": "gelu", "base": "taught", "extra": "penalty"}
+    | {"keeps": "average", "optimizer": "adam"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WERE_WRONG)
+def test_what_once_was_wrong(name, tmp_path):
+    examine(dataclasses.replace(FIRST, **WERE_WRONG[name]), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -97,7 +111,7 @@ def test_an_error_above_the_bound_is_seen(optimizer):
     """A part in 10⁶ of one example's score, in one target."""
     draw = dataclasses.replace(FIRST, optimizer=optimizer)
     run, *_, at = draw.build()
-    scores = magic.attribute(run, drawn.measure_on(run, False), at=at, progress=False)
+    scores = magic.attribute(run, drawn.measure_on(run), at=at, progress=False)
     against_differences(run, scores.measure, scores, 0)
     scores.values[1, scores.values[1].abs().argmax()] *= 1 + 1e-6
     with pytest.raises(AssertionError, match="finite differences"):

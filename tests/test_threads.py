@@ -197,7 +197,7 @@ def test_a_loss_that_writes_into_what_is_frozen_is_refused(data):
         lambda run: magic.attribute(run, cases.measure_on(*run.data), progress=False),
     ):
         run = frozen_run(loss)
-        with pytest.raises(ValueError, match="'table.weight'"):
+        with pytest.raises(ValueError, match=r"'table\.weight'"):
             use(run)
         with pytest.raises((ValueError, magic.ReplayMismatch)):  # and for good
             use(run)
