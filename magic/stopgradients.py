@@ -106,7 +106,7 @@ class Stops(TorchFunctionMode):
     def _under_no_grad(self, func, *args, **kwargs):
         """The operation with its graph, which begins at stopped inputs."""
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(x.requires_grad for x in tensors) or func == REQUIRES:
+        if func == REQUIRES or not any(x.requires_grad or self._is_buffer(x) for x in tensors):
             return func(*args, **kwargs)
         out = kwargs.pop("out", None) if "out" in kwargs else None
         if self.cuts and _writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):

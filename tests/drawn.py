@@ -345,8 +345,16 @@ CHOICES = {
     "norm": list(NORMS),
     "act": list(ACTS),
     "dropout": [0.0, 0.0, 0.3],
-    "keeps": ["nothing", "nothing", "average", "average-data", "average-new"]
-    + ["queue", "queue-view", "queue-rolled"],
+    "keeps": [
+        "nothing",
+        "nothing",
+        "average",
+        "average-data",
+        "average-new",
+        "queue",
+        "queue-view",
+        "queue-rolled",
+    ],
     "base": list(BASES),
     "extra": list(EXTRAS),
     "optimizer": list(OPTIMIZERS),

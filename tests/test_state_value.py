@@ -1,6 +1,7 @@
 """A state is a value: a copy of it, made in whatever way and kept wherever, is the same state.
 
-Over every kind of run: what is computed from a copy has the bits of what is computed from the state itself. With MAGIC_MANY=1 set, scores of all the kinds as well.
+Over every kind of run: what is computed from a copy has the bits of what is computed from the state
+itself. With MAGIC_MANY=1 set, the scores of all kinds as well.
 """
 
 import copy
