@@ -448,7 +448,7 @@ def plain_loop(run, model, optimizer, scheduler):
 
 # -- a finite difference that knows its doubt ----------------------------------------------------------
 
-FIRST, MOST = 4e-2, 11  # the first step size, which is halved so often at most
+FIRST, MOST = 4e-2, 16  # the first step size, which is halved so often at most
 
 
 def slope(run, measure, at, direction, scale, enough):
@@ -463,7 +463,11 @@ def slope(run, measure, at, direction, scale, enough):
         final = run.train(at + change * direction, progress=False, allow_negative=True)
         return measured_outputs(run, final, measure)
 
-    best, doubt, row = None, float("inf"), []
+    best, doubt, row = (
+        torch.zeros_like(scale),
+        float("inf"),
+        [],
+    )  # of a training that diverges, nothing is known
     for i in range(MOST):
         h = FIRST / 2**i
         above, row = row, [(f(h) - f(-h)) / (2 * h)]

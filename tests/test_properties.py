@@ -52,7 +52,9 @@ def against_differences(run, measure, scores, seed):
     """
     v = torch.randn(run.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     predicted = scores.values @ v
-    scale = torch.maximum(predicted.abs(), scores.values.norm(dim=1) * v.norm() / run.n**0.5)
+    scale = torch.maximum(predicted.abs(), scores.values.norm(dim=1) * v.norm() / run.n**0.5).clamp_min(
+        1e-300
+    )
     true, doubt = drawn.slope(run, measure, scores.at, v, scale, BOUND / 100)
     error = ((predicted - true).abs() / scale).max().item()
     assert error <= (BOUND if doubt <= SHARP else 10 * doubt), (
