@@ -121,6 +121,11 @@ def refusing(where: str):
     except NotDifferentiable:
         raise
     except RuntimeError as error:
+        if "_Stop is a view" in str(error):
+            raise NotDifferentiable(
+                f"{where}: something is written in place through .data or detach(), behind autograd's back; "
+                "write x + (new - x).detach() in its place, or do it in the optimizer"
+            ) from error
         if "derivative" not in str(error) and "differentiable" not in str(error):
             raise
         raise NotDifferentiable(
@@ -146,6 +151,7 @@ class Traced:
     buffers_after   the buffers of s_{t+1}, as functions of the leaves
     after           s_{t+1}, or None where it was not asked for
     escaped         operations through which a number that depends on the parameters left PyTorch
+    same_bits       the gradients are training's own to the bit
     """
 
     state: State
@@ -156,6 +162,7 @@ class Traced:
     buffers_after: dict[str, Tensor]
     after: State | None
     escaped: tuple[str, ...] = ()
+    same_bits: bool = True
 
 
 def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
@@ -171,16 +178,16 @@ def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Pa
         buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in run.moved(state)})
         weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
         gradient = run.gradient(params, buffers, weight, t, create_graph=True)
-    after = None
-    if step and gradient.same_bits:
+    after, same_bits = None, gradient.same_bits
+    if step and same_bits:
         after = run.moved_on(state, weight.detach(), gradient, passed)
     elif step:
         after = run.step(state, weights, passed)
     elif passed is not None:
-        total = gradient.total.item() if gradient.same_bits else run.total(state, weights)
+        total = gradient.total.item() if same_bits else run.total(state, weights)
         passed.witness(t, total)
     grads = {name: g for name, g in gradient.by_name.items() if g is not None}
-    return Traced(state, params, buffers, weight, grads, gradient.buffers, after, gradient.escaped)
+    return Traced(state, params, buffers, weight, grads, gradient.buffers, after, gradient.escaped, same_bits)
 
 
 def step_vjp(
@@ -232,9 +239,9 @@ def traced_vjp(
 
 
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
-    """The adjoint of each parameter's update."""
+    """The adjoint of each parameter's update, at the traced gradients; a plan does not change its bits."""
     adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
-    after = traced.after.slots if traced.after else {}
+    after = traced.after.slots if traced.after and traced.same_bits else {}
     return {
         k: adjoint(state.params[k], g.detach(), state.slots[k], hyper[run.group_of[k]], after.get(k))
         for k, g in traced.grads.items()

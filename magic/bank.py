@@ -74,7 +74,7 @@ class Bank:
             out = "Write them so that their code can be read"
             what = f"{self.path}: a bank would serve its rows after an edit that it cannot see"
             raise ValueError(refusal(what, names, None, out, self.identity.unknown))
-        with determinism.fix():
+        with determinism.alone():
             start = measured_outputs(run, run.initial, measure, finite=False)
             first = run.step(run.initial, run.weights()).fingerprint()
         self.about = {

@@ -95,7 +95,7 @@ def trak(
     dim = max(1, min(2048, run.n // 4)) if dim is None else dim
     if not 1 <= dim <= run.n:
         raise ValueError(f"dim={dim}: the projection has between 1 and n={run.n} dimensions; n/4 is a start")
-    with _quietly() as folder, determinism.fix():
+    with _quietly() as folder, determinism.alone():
         traker = _traker(run, folder, dim, seed)
         checkpoints = [run.model(state).state_dict() for state in states]
         for number, checkpoint in enumerate(checkpoints):
@@ -135,7 +135,7 @@ def ekfac(
         raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
     layers = _layers(run, state, test)
     empirical, train = _no_classification(run, test, state) is not None, TensorDataset(*run.data)
-    with _quietly() as folder, determinism.fix(run.seed):
+    with _quietly() as folder, determinism.alone(run.seed):
         try:
             from kronfluence.analyzer import Analyzer, prepare_model
             from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -221,7 +221,7 @@ def _products(run: Run, test: Tensors, state: State, size: int, *, rates=None, c
     rates = rates or dict.fromkeys(state.params, 1.0)
     scale = torch.cat([torch.full_like(p, rates[name]).flatten() for name, p in state.params.items()])
     unit, rows = F.normalize if cosine else nn.Identity(), []
-    with determinism.fix():
+    with determinism.alone():
         for left in _gradients(run, state, test, size):
             left = unit(left * scale)
             row = [left @ unit(right).T for right in _gradients(run, state, run.data, size)]
@@ -236,7 +236,7 @@ def _no_classification(run: Run, test: Tensors, state: State) -> str | None:
     x, y = test
     if y.dim() != 1 or {y.dtype, run.data[1].dtype} != {torch.int64}:
         return f"data[1] is {run.data[1].dtype} and test[1] {y.dtype}, {y.dim() - 1} axes for each example"
-    with torch.no_grad(), determinism.fix():
+    with torch.no_grad(), determinism.alone():
         model = run.model(state)
         losses = run.loss(model, x, y)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import determinism
 from .bank import Bank
 from .identity import changed
 from .retraining import retrained
@@ -24,7 +24,6 @@ from .run import Run
 from .show import bar, needs
 
 WORTH = 30.0  # seconds of training from which other processes pay, which take some ten to start
-ALONE = threading.Lock()  # a training owns its process's random numbers and settings
 UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the sweep's token
 TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
 
@@ -125,7 +124,7 @@ def _unpacked(work, token: str) -> tuple[Run, Callable]:
 
 def _some(work, token: str, rows: list, how: str, threads: int) -> list:
     """What a worker does: train for each row of weights."""
-    with ALONE:
+    with determinism.TURN:
         torch.set_num_threads(threads)
         run, measure = _unpacked(work, token)
         return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]

@@ -16,15 +16,20 @@ PyTorch all change the bits of a sum, so fingerprints are compared only between 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+TURN = threading.RLock()  # who holds it owns the process's random numbers and settings, and a run's module
 
 
 class NotDeterministic(RuntimeError):
@@ -53,7 +58,8 @@ class Settings:
 
     def restore(self) -> None:
         """Put every setting, and the random number generators, back as they were."""
-        self._undo.close()
+        with TURN:
+            self._undo.close()
 
     def __enter__(self) -> Settings:
         return self
@@ -81,17 +87,40 @@ def fix(seed: int | None = None) -> Settings:
     number generators, too, go back to where they were.
     """
     settings = Settings()
-    try:
-        _fix(settings)
-    except BaseException:
-        settings.restore()
-        raise
-    if seed is not None:
-        settings.recorded["seed"] = seed
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    with TURN:
+        try:
+            _fix(settings)
+        except BaseException:
+            settings.restore()
+            raise
+        if seed is not None:
+            settings.recorded["seed"] = seed
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
     return settings
+
+
+@contextlib.contextmanager
+def alone(seed: int | None = None) -> Iterator[Settings]:
+    """`fix` for the length of a `with`, in which no other thread trains or differentiates: it waits.
+
+    Random numbers and settings belong to the process, so trainings in two threads would mix theirs. Threads
+    that draw torch's random numbers without magic cannot be held off.
+    """
+    with TURN, fix(seed) as settings:
+        yield settings
+
+
+def in_turn(f: Callable) -> Callable:
+    """f, which waits while another thread trains or differentiates."""
+
+    @functools.wraps(f)
+    def waiting(*args, **kwargs):
+        with TURN:
+            return f(*args, **kwargs)
+
+    return waiting
 
 
 def _fix(settings: Settings) -> None:

@@ -65,7 +65,7 @@ class Progress:
 def identity(run: Run, weights: Tensor, what: str, measure: Callable | None = None) -> Identity:
     """What a folder belongs to, by name. `what` says what is computed there."""
     source = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in NUMERICS]
-    with determinism.fix():
+    with determinism.alone():
         first = run.step(run.initial, weights).fingerprint()
     parts = {
         **run.identity(fresh=True),

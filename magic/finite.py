@@ -1,10 +1,11 @@
-"""A run that stops being finite: at which step, in which tensor, and what to do about it."""
+"""A run that stops being finite, or what it was: at which step, in which tensor, and what to do about it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .record import sums
 from .state import State
 
 
@@ -26,11 +27,17 @@ def not_finite(state: State, initial: State) -> list[str]:
     return found
 
 
-def checked(final: State, initial: State) -> State:
-    """The last state of a run, if all its tensors are finite."""
-    if where := not_finite(final, initial):
+def checked(final: State, run) -> State:
+    """The last state of a run, if all its tensors are finite, and what is frozen is what it was."""
+    if where := not_finite(final, run.initial):
         t = final.step
         raise NonFinite(f"step {t}: {where[0]!r} is not finite; lower the learning rate or warm it up")
+    for name, total in sums(run._frozen).items():
+        if total != run._frozen_sums[name]:
+            raise ValueError(
+                f"the loss wrote into {name!r}, a frozen parameter, in place, and the run is not what it "
+                "was: keep in a registered buffer what moves, or write into a copy, and make a new Run"
+            )
     return final
 
 

@@ -207,7 +207,7 @@ def of_dataset(dataset, n: int, progress: bool = True) -> Identity:
     if tensors is not None:
         return Identity({name: determinism.digest(repr([determinism.fingerprint(x) for x in tensors]))})
     whole, content, unknown = hashlib.blake2b(digest_size=8), Content(), []
-    with determinism.fix(seed=0), bar(n, "data set", progress) as shown:
+    with determinism.alone(seed=0), bar(n, "data set", progress) as shown:
         for items in _chunks(dataset, n):
             for column in _columns(items):
                 _hash(column, whole, content, unknown)

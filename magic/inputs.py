@@ -243,6 +243,16 @@ def check_leaves(params: dict[str, Tensor], t: int) -> None:
             )
 
 
+def check_unwritten(params: dict[str, Tensor], versions: list[int], t: int) -> None:
+    """Raise ValueError if step t has written into a parameter in place since these were the versions."""
+    for (name, p), version in zip(params.items(), versions, strict=True):
+        if p._version != version:
+            raise ValueError(
+                f"step {t}: the model changes its parameters or buffers in place, behind autograd's "
+                f"back: {name!r}; return the new value, or do it in the optimizer"
+            )
+
+
 def check_moved(name: str, after: Tensor) -> Tensor:
     """The buffer that a step has changed; TypeError if it is complex, for its derivative would be lost."""
     if after.is_complex():

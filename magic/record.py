@@ -25,14 +25,18 @@ def checksums(state: State) -> dict[str, int]:
 
     A pass over memory and no more, so that it can be made often; `fingerprint` is for everything else.
     """
-    flat = state.flatten()
+    return sums(state.flatten())
+
+
+def sums(flat: dict[str, Tensor]) -> dict[str, int]:
+    """`checksums` of tensors by name."""
     on: dict[torch.device, list[str]] = {}
     for name, x in flat.items():
         on.setdefault(x.device, []).append(name)
-    sums: dict[str, int] = {}
+    found: dict[str, int] = {}
     for names in on.values():
-        sums |= zip(names, torch.stack([_sum(flat[name]) for name in names]).tolist(), strict=True)
-    return {name: sums[name] for name in flat}
+        found |= zip(names, torch.stack([_sum(flat[name]) for name in names]).tolist(), strict=True)
+    return {name: found[name] for name in flat}
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def train(
     names what of it the reader vouches for, or is True for all code and all that cannot be known.
     """
     weights = run.weights(weights, allow_negative=allow_negative)
-    with Directory.open(disk, run, weights, "a training", trust=trust) as folder, determinism.fix():
+    with Directory.open(disk, run, weights, "a training", trust=trust) as folder, determinism.alone():
         passed = run.passed(weights)
         passed.adopt(*folder.passed())
         state = folder.latest() or run.initial
@@ -74,6 +74,7 @@ def train(
             return run.advance(state, run.steps, weights, passed, after)
 
 
+@determinism.in_turn
 def metagradient(
     run: Run,
     measure: Callable,
@@ -121,7 +122,7 @@ class _Sweeps:
             self.passed.adopt(*self.folder.passed())
         first = begun.rows.start if begun else 0
         work = (2 * run.steps + self.plan.extra) * -(-(K - first) // group)
-        with determinism.fix(), bar(work, "differentiate", progress) as self.shown:
+        with determinism.alone(), bar(work, "differentiate", progress) as self.shown:
             for start in range(first, K, group):
                 self.rows = slice(start, min(start + group, K))
                 self.sweep(begun)
@@ -225,7 +226,7 @@ class _Sweeps:
         """The end of the way down: measure the trained model, and take the cotangent of the outputs."""
         run, T = self.run, self.run.steps
         if last.after is not None:
-            final = checked(last.after, run.initial)
+            final = checked(last.after, run)
         else:
             final = run.advance(last.state, T, self.weights, self.passed, self.after_step)
         if T not in self.witnessed:
@@ -255,14 +256,14 @@ def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
     """K, and the bytes that differentiating one of the K outputs holds. A mistake is told before training."""
     targets = len(measured_outputs(run, run.initial, measure, finite=False))
     anywhere = replace(run.initial, moved=None)  # it may read only buffers that training will write
-    with determinism.fix():
+    with determinism.alone():
         _, _, peak = footprint.measured(lambda: measure_vjp(run, anywhere, measure, slice(0, 1)), run.device)
     return targets, peak
 
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:
     """φ at this state, (K,), computed as a user would: with PyTorch's own operations."""
-    with torch.no_grad(), determinism.fix():
+    with torch.no_grad(), determinism.alone():
         outputs = run.measured(measure, state.params, state.buffers).detach()
     if finite and not outputs.isfinite().all():
         raise NonFinite(f"measure returned {outputs[~outputs.isfinite()][0].item()} for the trained model")

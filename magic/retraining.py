@@ -46,7 +46,7 @@ def without_rows(run: Run, weights: Tensor) -> Run:
 
 def retrained(run: Run, measure: Callable, weights: Tensor, how: str = "weight") -> Tensor:
     """(K,) measured outputs of the model trained with these data weights, (n,)."""
-    with determinism.fix():
+    with determinism.alone():
         return measured_outputs(run, _train(run, run.weights(weights), how, False), measure)
 
 

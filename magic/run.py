@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from . import determinism, finite, identity, inputs, optim
 from .equivalents import differentiable, measuring
-from .record import Passed
+from .record import Passed, sums
 from .show import bar
 from .state import State
 from .stopgradients import Stops, uses_of
@@ -118,6 +118,8 @@ class Run:
 
     def _adopt(self, model: nn.Module) -> None:
         self._model, self._call = model, _Call(model)
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self._frozen_sums = sums(self._frozen)
 
     # -- what a user calls -------------------------------------------------------------------------
 
@@ -134,11 +136,12 @@ class Run:
         A training that is to survive a kill is `magic.train(run, disk=folder)`.
         """
         weights = self.weights(weights, allow_negative=allow_negative)
-        with determinism.fix(), bar(self.steps, "train", progress) as shown:
+        with determinism.alone(), bar(self.steps, "train", progress) as shown:
             return self.advance(
                 self.initial, self.steps, weights, self.passed(weights), lambda _: shown.update()
             )
 
+    @determinism.in_turn
     def model(self, state: State) -> nn.Module:
         """A fresh module holding this state's values, in eval mode, usable like any other."""
         if state.params.keys() != self.initial.params.keys():
@@ -172,6 +175,7 @@ class Run:
             )
         return weights
 
+    @determinism.in_turn
     def identity(self, fresh: bool = False) -> dict[str, str]:
         """What defines the run, by name, each as a fingerprint; the code of model and loss, and what they
         hold, among it. All is read again at each call, but a Dataset's items only if `fresh`."""
@@ -228,6 +232,7 @@ class Run:
         batch = inputs.collated(self.data, indices.tolist())
         return tuple(inputs.each(lambda x: x.to(self.device), part) for part in batch)
 
+    @determinism.in_turn
     def gradient(
         self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
     ) -> Gradient:
@@ -260,14 +265,10 @@ class Run:
             stops.pulling = True
             return total, grads, not (replace and replace.rewritten) and not stops.stopped
 
-        before = [p._version for p in params.values()]
+        watched = params | self._frozen
+        before = [p._version for p in watched.values()]
         (total, grads, same_bits), after = self.apply(weighted, params, buffers, held=held)
-        for (name, p), version in zip(params.items(), before, strict=True):
-            if p._version != version:
-                raise ValueError(
-                    f"step {t}: the model changes its parameters or buffers in place, behind autograd's "
-                    f"back: {name!r}; return the new value, or do it in the optimizer"
-                )
+        inputs.check_unwritten(watched, before, t)
         written = frozenset(name for name, b in after.items() if b is not buffers[name])
         by_name = dict(zip(params, grads, strict=True))
         return Gradient(total, by_name, after, written, same_bits, tuple(stops.escaped))
@@ -288,6 +289,7 @@ class Run:
             losses, _ = self.apply(lambda model: self.loss(model, *batch), leaves, state.buffers)
             return self._total(losses, weight, t).item()
 
+    @determinism.in_turn
     @measuring
     def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
         """measure(model), (K,), with these tensors in the model and the model in eval mode.
@@ -295,7 +297,8 @@ class Run:
         It sees a copy, so what it does to the model ends with it. The numbers may carry a graph.
         """
         determinism.seed_step(self.seed, self.steps)
-        shared = {id(x): x for x in (*self._model.parameters(), *self._model.buffers())}
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        shared = {id(x): x for name, x in named if name not in self._frozen}
         model = inputs.clean_copy(self._model, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
         out, _ = self.apply(measure, params, buffers, call=_Call(model))
@@ -391,4 +394,4 @@ class Run:
             if passed.notes(state.step):
                 passed.compare(state)
             after(state)
-        return finite.checked(state, self.initial) if to == self.steps else state
+        return finite.checked(state, self) if to == self.steps else state

@@ -14,8 +14,11 @@ along every path, whether autograd is shown it or not.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -75,9 +78,17 @@ class Stops(TorchFunctionMode):
             return self._grad(func, args, kwargs)
         if func is torch.nn.functional.gumbel_softmax:
             return self._gumbel(func, *args, **kwargs)
-        if torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        return self._under_no_grad(func, args, kwargs)
+        run = func if torch.is_grad_enabled() else functools.partial(self._under_no_grad, func)
+        if self._written and self._reads_a_buffer((args, kwargs)):
+            with saved_tensors_hooks(lambda x: x.clone() if self._is_buffer(x) else x, lambda x: x):
+                return run(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    def _reads_a_buffer(self, arguments) -> bool:
+        """Whether a graph may keep a buffer that training would not keep, and may write later."""
+        tensors = (x for x in tree_iter(arguments) if isinstance(x, Tensor))
+        shown = not torch.is_grad_enabled()
+        return any((shown or x.requires_grad) and self._is_buffer(x) for x in tensors)
 
     def _is_buffer(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self._written
@@ -92,10 +103,10 @@ class Stops(TorchFunctionMode):
             self.stopped = True
             return _Stop.apply(x, self)
 
-    def _under_no_grad(self, func, args, kwargs):
+    def _under_no_grad(self, func, *args, **kwargs):
         """The operation with its graph, which begins at stopped inputs."""
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(x.requires_grad for x in tensors) or func == REQUIRES:
+        if func == REQUIRES or not any(x.requires_grad or self._is_buffer(x) for x in tensors):
             return func(*args, **kwargs)
         out = kwargs.pop("out", None) if "out" in kwargs else None
         if self.cuts and _writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):

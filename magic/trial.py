@@ -50,7 +50,7 @@ def first_step(run, model: nn.Module) -> None:
     before, frozen, modes = start.fingerprint(), determinism.fingerprint(run._model), _modes(run._model)
     attributes = memory.attributes(run._model)
     outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    with determinism.fix(), determinism.refusing(), _recomputing():
+    with determinism.alone(), determinism.refusing(), _recomputing():
         with torch.enable_grad(), _Watch(outside) as watch:
             leaves = {name: p.detach().requires_grad_() for name, p in start.params.items()}
             weight = weights[run.batches[0].to(weights.device)]

@@ -52,7 +52,7 @@ class Trial:
 def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
     """Measure the second step of the run (the first fills the optimizer's slots), or its only one."""
     weights = run.weights()
-    with determinism.fix():
+    with determinism.alone():
         after_first = run.step(run.initial, weights)
         state = after_first if run.steps > 1 else run.initial
         expected, step_seconds = _timed(lambda: run.step(state, weights))

@@ -51,7 +51,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     """
     dice = torch.Generator().manual_seed(0)
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
-    with determinism.fix():
+    with determinism.alone():
         try:
             gradient, point = _in_double(run, state, weights, EXAMPLES)
         except Exception:  # it may insist on a whole batch

@@ -15,7 +15,7 @@ import magic
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "orders", "rewritten", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs",
-    "order", "state", "finite", "record", "optim", "trial", "precision", "normalisation", "equivalents",
+    "order", "state", "record", "finite", "optim", "trial", "precision", "normalisation", "equivalents",
     "stopgradients", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs", "timeline",
     "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
     "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
