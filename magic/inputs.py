@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 
 def check_arguments(model, loss, seed) -> None:
@@ -32,7 +33,9 @@ def check_model(model: nn.Module) -> None:
                 f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
                 "pass the original module (compiled._orig_mod)"
             )
+        _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
         _check_old_style(name, module)
+    _check_hooks("for every module there are", modules._global_backward_hooks, modules._global_backward_pre_hooks)
     dtypes = {}
     for name, p in model.named_parameters():
         _check_values(f"parameter {name!r}", p)
@@ -42,6 +45,11 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
                 "derivative of such a run is invalid; use model.float() or model.double()"
+            )
+        if p.requires_grad and p.clone().stride() != p.stride():
+            raise ValueError(
+                f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of its "
+                "own, p.data = p.data.clone()"
             )
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
@@ -53,6 +61,15 @@ def check_model(model: nn.Module) -> None:
     for name, b in model.named_buffers():
         _check_values(f"buffer {name!r}", b)
     _check_shared(model)
+
+
+def _check_hooks(where: str, *hooks: dict) -> None:
+    """Raise for hooks on a module's backward pass, which would be called for derivatives of it, too."""
+    if any(hooks):
+        raise ValueError(
+            f"{where} backward hooks, which magic does not run; remove them. To scale a gradient by a, write "
+            "a * x + ((1 - a) * x).detach() in forward, or use x.register_hook there"
+        )
 
 
 def _check_old_style(name: str, module: nn.Module) -> None:

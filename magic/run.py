@@ -366,7 +366,10 @@ class Run:
             if grad.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
             group = hyper[self.group_of[name]]
-            params[name], slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            param, slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            if param.stride() != params[name].stride():  # axes of length 1; a layout chooses the kernel
+                param = torch.empty_like(params[name]).copy_(param)
+            params[name] = param
         buffers = dict(state.buffers)
         for name in gradient.written:
             buffers[name] = inputs.check_moved(name, gradient.buffers[name].detach())

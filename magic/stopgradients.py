@@ -51,12 +51,13 @@ class Stops(TorchFunctionMode):
     buffers   the tensors in the place of the model's buffers, which may be written under `no_grad`
     pulling   whether the gradient has been taken and is being pulled back
     stopped   whether anything was cut off
+    inner     how many gradients the loss or the measure is taking itself just now
     escaped   operations through which a number that depends on the parameters left PyTorch
     """
 
     def __init__(self, cuts: bool, buffers=()):
         super().__init__()
-        self.cuts, self.pulling, self.stopped = cuts, False, False
+        self.cuts, self.pulling, self.stopped, self.inner = cuts, False, False, 0
         self.escaped: dict[str, bool] = {}
         self._written = {b.untyped_storage()._cdata for b in buffers}
 
@@ -73,6 +74,8 @@ class Stops(TorchFunctionMode):
             return func(args[0].detach(), *args[1:], **kwargs)
         if func is torch.autograd.grad:
             return self._grad(func, args, kwargs)
+        if func is torch.Tensor.register_hook:
+            return func(args[0], self._hook(*args[1:], **kwargs))
         if func is torch.nn.functional.gumbel_softmax:
             return self._gumbel(func, *args, **kwargs)
         if torch.is_grad_enabled():
@@ -104,20 +107,41 @@ class Stops(TorchFunctionMode):
                 "is not differentiable; write x + (new - x).detach() in its place"
             )
 
+        written = args[0] if args and _writes(func) else None
+
         def stop(x: Tensor) -> Tensor:
-            return x if self._is_buffer(x) or not x.is_floating_point() else self._stop(x)
+            if x is written or not x.is_floating_point():
+                return x
+            # a copy of a buffer, which may be written again; what is computed from it keeps its value
+            return x.clone() if self._is_buffer(x) else self._stop(x)
 
         args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
         with torch.enable_grad():
             result = func(*args, **kwargs)
             return result if out is None else out.copy_(result)
 
+    def _hook(self, hook):
+        """A tensor's hook, which belongs to the gradient: it is not called where that is pulled back, nor
+        where a measure is, except for gradients that the measure itself takes."""
+
+        def called(g: Tensor):
+            if self.pulling or not (self.cuts or self.inner):
+                return None
+            with self:
+                return hook(g)
+
+        return called
+
     def _grad(self, func, args, kwargs):
         """torch.autograd.grad with a graph, whether it was asked for or not."""
         asked = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
         args, kwargs = args[:4], dict(zip(("create_graph",), args[4:5], strict=False)) | kwargs
-        with torch.enable_grad():
-            found = func(*args, **kwargs | {"create_graph": True})
+        self.inner += 1
+        try:
+            with torch.enable_grad():
+                found = func(*args, **kwargs | {"create_graph": True})
+        finally:
+            self.inner -= 1
         return found if asked else tuple(g if g is None else self._stop(g) for g in found)
 
     def _gumbel(self, func, logits, tau=1, hard=False, eps=1e-10, dim=-1):
