@@ -37,6 +37,7 @@ class NotDifferentiable(RuntimeError):
 
 
 CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
+CUTS = ("optimize a non-leaf Tensor", "a leaf Variable that requires grad", "support the deepcopy protocol")
 BLOCK = 4  # targets that go through the optimizer's update at once, at least: its calls are short
 
 
@@ -120,11 +121,18 @@ def refusing(where: str):
         yield
     except NotDifferentiable:
         raise
-    except RuntimeError as error:
-        if "derivative" not in str(error) and "differentiable" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        what = str(error)
+        if any(sign in what for sign in CUTS):
+            raise NotDifferentiable(
+                f"{where}: it writes into parameters, as an optimizer or load_state_dict does, and so cuts "
+                "their history. Make new tensors, with torch.autograd.grad(..., create_graph=True), and call "
+                "torch.func.functional_call(model, tensors, inputs)"
+            ) from error
+        if isinstance(error, ValueError) or not ("derivative" in what or "differentia" in what):
             raise
         raise NotDifferentiable(
-            f"{where}: {str(error).rstrip('.')}. The derivative of a training step is a second derivative of "
+            f"{where}: {what.rstrip('.')}. The derivative of a training step is a second derivative of "
             "the model; use an operation that has one"
         ) from error
 
@@ -254,8 +262,8 @@ def measure_vjp(
         if not outputs.requires_grad:
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "
-                "rounding or .item() in it, or a model from outside. A loss or a margin has a derivative, "
-                "an accuracy has none"
+                "rounding or .item() in it, for .backward() (use torch.autograd.grad with "
+                "create_graph=True), or a model from outside. A loss or a margin has a derivative, an accuracy has none"
             )
         inputs = [*params.values(), *(buffers[name] for name in moved)]
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]

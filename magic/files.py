@@ -81,7 +81,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """
     on_cpu = [k for k, x in tensors.items() if x.device.type == "cpu"]
     # The layout in memory (channels_last, transposed) decides how sums are rounded, so it is kept.
-    strides = {k: x.stride() for k, x in tensors.items() if not x.is_contiguous()}
+    strides = {k: torch.empty_like(x, device="meta").stride() for k, x in tensors.items()}
+    strides = {k: s for k, s in strides.items() if s != torch.empty(tensors[k].shape, device="meta").stride()}
     meta = meta | {"order": list(tensors), "on_cpu": on_cpu, "strides": strides}
     meta["fingerprint"] = _bits(tensors, meta)
     library = _safetensors()

@@ -35,7 +35,9 @@ def check_model(model: nn.Module) -> None:
             )
         _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
         _check_old_style(name, module)
-    _check_hooks("for every module there are", modules._global_backward_hooks, modules._global_backward_pre_hooks)
+    _check_hooks(
+        "for every module there are", modules._global_backward_hooks, modules._global_backward_pre_hooks
+    )
     dtypes = {}
     for name, p in model.named_parameters():
         _check_values(f"parameter {name!r}", p)

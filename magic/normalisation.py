@@ -164,7 +164,9 @@ def _laid_out(g: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous() or x.dim() not in (4, 5):
         return g.contiguous()
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return g.contiguous(memory_format=last if x.is_contiguous(memory_format=last) else torch.contiguous_format)
+    return g.contiguous(
+        memory_format=last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+    )
 
 
 class _NormaliseBackward(Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import determinism, footprint, health, schedule
-from .adjoint import Traced, measure_vjp, trace, traced_vjp
+from .adjoint import Traced, measure_vjp, refusing, trace, traced_vjp
 from .directory import Directory, Progress
 from .finite import NonFinite, checked
 from .optim_adjoint import warn_of_underflow
@@ -262,7 +262,7 @@ def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:
     """φ at this state, (K,), computed as a user would: with PyTorch's own operations."""
-    with torch.no_grad(), determinism.fix():
+    with torch.no_grad(), determinism.fix(), refusing("measure"):
         outputs = run.measured(measure, state.params, state.buffers).detach()
     if finite and not outputs.isfinite().all():
         raise NonFinite(f"measure returned {outputs[~outputs.isfinite()][0].item()} for the trained model")

@@ -74,6 +74,10 @@ class Stops(TorchFunctionMode):
             return func(args[0].detach(), *args[1:], **kwargs)
         if func is torch.autograd.grad:
             return self._grad(func, args, kwargs)
+        if func is torch.Tensor.__deepcopy__:
+            x, memo = args
+            memo[id(x)] = self._stop(x).clone() if x.requires_grad else func(*args)
+            return memo[id(x)]
         if func is torch.Tensor.register_hook:
             return func(args[0], self._hook(*args[1:], **kwargs))
         if func is torch.nn.functional.gumbel_softmax:
@@ -115,8 +119,8 @@ class Stops(TorchFunctionMode):
             # a copy of a buffer, which may be written again; what is computed from it keeps its value
             return x.clone() if self._is_buffer(x) else self._stop(x)
 
-        args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
         with torch.enable_grad():
+            args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
             result = func(*args, **kwargs)
             return result if out is None else out.copy_(result)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import determinism
 from .adjoint import NotDifferentiable, own_functions, pull, refusing
@@ -72,7 +73,9 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
                 f"{seen:.6g}, a finite difference gives {slope.value:.6g}. Something in the model or loss "
                 "acts behind autograd's back: look for .item(), .numpy(), activation checkpointing, or an "
                 "autograd Function that cannot be differentiated twice"
-                + (f" (this run has {own})" if own else "")
+                + (f" (this run has {own}). " if own else ". ")
+                + "A backward that is not the derivative of its forward, as of a straight-through estimator, "
+                "can be written so that both are seen: a * x + (y - a * x).detach() is y, with gradient a"
             )
         if not right:
             _warn(
@@ -103,13 +106,40 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = shadow.gradient(params, held, values["weights"], 0, create_graph)
+        with _InDouble():
+            found = shadow.gradient(params, held, values["weights"], 0, create_graph)
         after = {f"buffers/{name}": b for name, b in found.buffers.items() if b.is_floating_point()}
         return {name: g for name, g in found.by_name.items() if g is not None} | after
 
     with torch.enable_grad():
         gradient(point)
     return gradient, point
+
+
+class _InDouble(TorchFunctionMode):
+    """Where the model asks for float32, as x.float() of a uint8 image does, it gets float64."""
+
+    def __enter__(self):
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        torch.set_default_dtype(self._default)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        if func in (torch.Tensor.to, torch.Tensor.type):
+            args = tuple(_wider(x) for x in args)
+        if "dtype" in kwargs:
+            kwargs = kwargs | {"dtype": _wider(kwargs["dtype"])}
+        return func(*args, **kwargs)
+
+
+def _wider(x):
+    return torch.float64 if x is torch.float32 else x
 
 
 def check_measure(

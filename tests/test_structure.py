@@ -14,12 +14,12 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "orders", "rewritten", "checkpointing", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs",
-    "order", "state", "finite", "record", "optim", "trial", "normalisation", "equivalents",
-    "stopgradients", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs", "timeline",
-    "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
-    "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
-    "best_linear", "second_order", "smoothness", "baselines",
+    "orders", "rewritten", "checkpointing", "determinism", "show", "memory", "bytecode", "content",
+    "identity", "inputs", "order", "state", "finite", "record", "optim", "trial", "normalisation",
+    "equivalents", "stopgradients", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs",
+    "timeline", "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay",
+    "subsets", "where", "attribution", "retraining", "bank", "counterfactual", "judgement",
+    "verification", "best_linear", "second_order", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
