@@ -263,7 +263,8 @@ def measure_vjp(
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "
                 "rounding or .item() in it, for .backward() (use torch.autograd.grad with "
-                "create_graph=True), or a model from outside. A loss or a margin has a derivative, an accuracy has none"
+                "create_graph=True), or a model from outside. A loss or a margin has a derivative, an "
+                "accuracy has none"
             )
         inputs = [*params.values(), *(buffers[name] for name in moved)]
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]

@@ -50,8 +50,8 @@ def check_model(model: nn.Module) -> None:
             )
         if p.requires_grad and p.clone().stride() != p.stride():
             raise ValueError(
-                f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of its "
-                "own, p.data = p.data.clone()"
+                f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of "
+                "its own, p.data = p.data.clone()"
             )
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")

@@ -105,13 +105,13 @@ class Stops(TorchFunctionMode):
         if not any(x.requires_grad for x in tensors) or func == REQUIRES:
             return func(*args, **kwargs)
         out = kwargs.pop("out", None) if "out" in kwargs else None
-        if self.cuts and _writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):
+        if self.cuts and writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):
             raise RuntimeError(
                 f"{resolve_name(func)} writes under no_grad() into a tensor that carries a gradient, which "
                 "is not differentiable; write x + (new - x).detach() in its place"
             )
 
-        written = args[0] if args and _writes(func) else None
+        written = args[0] if args and writes(func) else None
 
         def stop(x: Tensor) -> Tensor:
             if x is written or not x.is_floating_point():
@@ -158,7 +158,7 @@ class Stops(TorchFunctionMode):
         return one_hot - self._stop(soft) + soft
 
 
-def _writes(func) -> bool:
+def writes(func) -> bool:
     """Whether an operation writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

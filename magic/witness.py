@@ -25,12 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from . import determinism
 from .adjoint import NotDifferentiable, own_functions, pull, refusing
 from .inputs import clean_copy, each
 from .run import Run
 from .state import State
+from .stopgradients import writes
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. The last ones are for
 # arithmetic that is in float32 inside.
@@ -117,29 +119,26 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
 
 
 class _InDouble(TorchFunctionMode):
-    """Where the model asks for float32, as x.float() of a uint8 image does, it gets float64."""
-
-    def __enter__(self):
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        torch.set_default_dtype(self._default)
+    """What would be float32 is float64: constants, images of bytes that the model divides, x.float()."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         func = torch.Tensor.double if func is torch.Tensor.float else func
         if func in (torch.Tensor.to, torch.Tensor.type):
-            args = tuple(_wider(x) for x in args)
-        if "dtype" in kwargs:
-            kwargs = kwargs | {"dtype": _wider(kwargs["dtype"])}
-        return func(*args, **kwargs)
+            args, kwargs = tree_map_only(torch.dtype, _wider, (args, kwargs))
+        if not writes(func):
+            args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
+        return tree_map_only(
+            Tensor, lambda x: x if args and x is args[0] else _wide(x), func(*args, **kwargs)
+        )
 
 
-def _wider(x):
-    return torch.float64 if x is torch.float32 else x
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float32 else dtype
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.dtype == torch.float32 else x
 
 
 def check_measure(

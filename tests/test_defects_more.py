@@ -171,9 +171,8 @@ class Bare(nn.Module):
 
 def convolved(norm, last):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Unflatten(1, (2, 2, 1)), nn.Conv2d(2, 4, 2, padding=1), norm, nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
-    )  # fmt: skip
+    head = nn.Flatten(), nn.Linear(24, 3)
+    model = nn.Sequential(nn.Unflatten(1, (2, 2, 1)), nn.Conv2d(2, 4, 2, padding=1), norm, nn.ReLU(), *head)
     return model.to(memory_format=torch.channels_last) if last else model
 
 
