@@ -14,6 +14,8 @@ along every path, whether autograd is shown it or not.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -27,6 +29,12 @@ IN_PLACE = {torch.Tensor.detach_, torch.detach_}
 OUT = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__,
     torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__complex__,
+}  # fmt: skip
+# What may be written through to a buffer. The name of a property, such as x.T, is __get__.
+VIEWS = {
+    "__getitem__", "__get__", "view", "view_as", "reshape", "flatten", "unflatten", "narrow", "select", "t",
+    "transpose", "movedim", "swapaxes", "permute", "squeeze", "unsqueeze", "expand", "expand_as", "diagonal",
+    "chunk", "split", "tensor_split", "unbind", "unfold", "as_strided", "ravel",
 }  # fmt: skip
 
 
@@ -72,6 +80,8 @@ class Stops(TorchFunctionMode):
         if func in OUT and args[0].requires_grad:
             self.escaped[getattr(func, "__name__", str(func))] = True
             return func(args[0].detach(), *args[1:], **kwargs)
+        if func is torch.Tensor.backward:
+            self.escaped["backward"] = True
         if func is torch.autograd.grad:
             return self._grad(func, args, kwargs)
         if func is torch.Tensor.__deepcopy__:
@@ -103,7 +113,8 @@ class Stops(TorchFunctionMode):
         """The operation with its graph, which begins at stopped inputs."""
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if not any(x.requires_grad for x in tensors) or func == REQUIRES:
-            return func(*args, **kwargs)
+            with torch.enable_grad() if _name(func) in VIEWS else contextlib.nullcontext():
+                return func(*args, **kwargs)  # a view may be written into
         out = kwargs.pop("out", None) if "out" in kwargs else None
         if self.cuts and writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):
             raise RuntimeError(
@@ -116,8 +127,10 @@ class Stops(TorchFunctionMode):
         def stop(x: Tensor) -> Tensor:
             if x is written or not x.is_floating_point():
                 return x
-            # a copy of a buffer, which may be written again; what is computed from it keeps its value
-            return x.clone() if self._is_buffer(x) else self._stop(x)
+            if not self._is_buffer(x):
+                return self._stop(x)
+            # A copy, for the buffer may be written again, and what is computed from it needs this value.
+            return x if _name(func) in VIEWS else x.clone()
 
         with torch.enable_grad():
             args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
@@ -158,9 +171,13 @@ class Stops(TorchFunctionMode):
         return one_hot - self._stop(soft) + soft
 
 
+def _name(func) -> str:
+    return getattr(func, "__name__", "")
+
+
 def writes(func) -> bool:
     """Whether an operation writes into its first argument."""
-    name = getattr(func, "__name__", "")
+    name = _name(func)
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
