@@ -153,7 +153,7 @@ class Traced:
     grads           name -> gradient, of the parameters that the step uses
     buffers_after   the buffers of s_{t+1}, as functions of the leaves
     after           s_{t+1}, or None where it was not asked for
-    escaped         operations through which a number that depends on the parameters left PyTorch
+    escaped         ways on which a number that depends on the parameters may have left the graph
     """
 
     state: State

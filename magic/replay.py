@@ -17,6 +17,7 @@ from torch import Tensor
 from . import determinism, footprint, health, schedule
 from .adjoint import Traced, measure_vjp, refusing, trace, traced_vjp
 from .directory import Directory, Progress
+from .escapes import FUNCTION
 from .finite import NonFinite, checked
 from .optim_adjoint import warn_of_underflow
 from .planning import Plan
@@ -108,6 +109,7 @@ class _Sweeps:
         self.sizes: dict[int, list[float]] = {}
         self.witnessed: dict[int, float | None] = {}
         self.traced: dict[int, Traced] = {}
+        self.known: set[str] = set()
         self.peaks = [(0, 0)] * 3
 
     def all(self, progress: bool) -> Replay:
@@ -194,7 +196,7 @@ class _Sweeps:
         )
         if self.cotangent is None:
             self.turn(traced)
-        elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or traced.escaped):
+        elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or self.suspect(traced)):
             self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
             self.check_underflow(traced)
         alone = self.pulled_alone(traced) if t in self.witnessed else None
@@ -208,6 +210,12 @@ class _Sweeps:
         self.shown.update()
         if self.folder and t:
             self.folder.note(self.noted(self.rows, t, self.cotangent), self.passed)
+
+    def suspect(self, traced: Traced) -> bool:
+        """Whether something may be hidden in this step; of an autograd Function, that is asked once."""
+        fresh = [why for why in traced.escaped if why not in self.known]
+        self.known |= {why for why in fresh if why.startswith(FUNCTION)}
+        return bool(fresh)
 
     def noted(self, rows: slice, t: int | None = None, cotangent: Cotangent | None = None) -> Progress:
         """How far the work is."""

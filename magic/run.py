@@ -53,7 +53,7 @@ class Gradient:
     by_name    parameter -> gradient, or None where the step does not use the parameter
     buffers    the buffers after the forward pass, and the names of those that it wrote
     same_bits  no operation was replaced by one with other bits
-    escaped    operations through which a number that depends on the parameters left PyTorch
+    escaped    ways on which a number that depends on the parameters may have left the graph
     """
 
     total: Tensor
@@ -252,7 +252,7 @@ class Run:
                 losses = self.loss(model, *batch)
             inputs.check_leaves(params, t)
             total = self._total(losses, weight, t)
-            leaves = list(params.values())
+            leaves, stops.escapes.open = list(params.values()), False
             grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
             if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
                 used = uses_of(total, leaves)
@@ -270,7 +270,8 @@ class Run:
                 )
         written = frozenset(name for name, b in after.items() if b is not buffers[name])
         by_name = dict(zip(params, grads, strict=True))
-        return Gradient(total, by_name, after, written, same_bits, tuple(stops.escaped))
+        escaped = stops.escapes.found([total, *after.values()]) if create_graph else ()
+        return Gradient(total, by_name, after, written, same_bits, escaped)
 
     def _total(self, losses: Tensor, weight: Tensor, t: int) -> Tensor:
         """Σ wᵢℓᵢ / B, or / Σ wᵢ."""

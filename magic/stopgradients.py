@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from .escapes import Escapes
+from .orders import batched
+
 DETACH = {torch.Tensor.detach, torch.detach}
 DATA = torch.Tensor.data.__get__  # a new object at each access: compared by ==
 REQUIRES = torch.Tensor.requires_grad.__get__
@@ -60,28 +63,33 @@ class Stops(TorchFunctionMode):
     pulling   whether the gradient has been taken and is being pulled back
     stopped   whether anything was cut off
     inner     how many gradients the loss or the measure is taking itself just now
-    escaped   operations through which a number that depends on the parameters left PyTorch
+    escapes   ways on which a number that depends on the parameters may have left the graph
     """
 
     def __init__(self, cuts: bool, buffers=()):
         super().__init__()
         self.cuts, self.pulling, self.stopped, self.inner = cuts, False, False, 0
-        self.escaped: dict[str, bool] = {}
+        self.escapes = Escapes()
         self._written = {b.untyped_storage()._cdata for b in buffers}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if batched() and (func in DETACH or func == DATA or not torch.is_grad_enabled()):
+            self.escapes.note(func)  # inside torch.func's transforms, which take their own way
+            return func(*args, **kwargs)
         if func in DETACH:
             return self._stop(args[0] if args else kwargs["input"])
         if func == DATA:
-            return args[0] if self._is_buffer(args[0]) else self._stop(args[0])
+            return args[0] if self._is_buffer(args[0]) else self._stop(args[0], share=True)
         if func in IN_PLACE and args[0].requires_grad:
             raise RuntimeError("detach_() is not differentiable in place; use x = x.detach()")
         if func in OUT and args[0].requires_grad:
-            self.escaped[getattr(func, "__name__", str(func))] = True
+            self.escapes.note(func)
             return func(args[0].detach(), *args[1:], **kwargs)
         if func is torch.Tensor.backward:
-            self.escaped["backward"] = True
+            raise RuntimeError(
+                "backward() inside a loss or a measure is not differentiable; use torch.autograd.grad"
+            )
         if func is torch.autograd.grad:
             return self._grad(func, args, kwargs)
         if func is torch.Tensor.__deepcopy__:
@@ -93,21 +101,21 @@ class Stops(TorchFunctionMode):
         if func is torch.nn.functional.gumbel_softmax:
             return self._gumbel(func, *args, **kwargs)
         if torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return self.escapes.after(func, args, kwargs, func(*args, **kwargs))
         return self._under_no_grad(func, args, kwargs)
 
     def _is_buffer(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self._written
 
-    def _stop(self, x: Tensor) -> Tensor:
+    def _stop(self, x: Tensor, share: bool = False) -> Tensor:
         """x, with nothing flowing back through it while the gradient is taken."""
-        if not x.requires_grad:
-            return x.detach()
+        if not x.requires_grad:  # what is written into it is written into x
+            return x.view_as(x) if share else x.detach()
         with torch.enable_grad():
             if not self.cuts:
                 return x.view_as(x)
             self.stopped = True
-            return _Stop.apply(x, self)
+            return self.escapes.stopped(_Stop.apply(x, self))
 
     def _under_no_grad(self, func, args, kwargs):
         """The operation with its graph, which begins at stopped inputs."""
@@ -135,6 +143,7 @@ class Stops(TorchFunctionMode):
         with torch.enable_grad():
             args, kwargs = tree_map_only(Tensor, stop, (args, kwargs))
             result = func(*args, **kwargs)
+            self.escapes.after(func, args, kwargs, result)
             return result if out is None else out.copy_(result)
 
     def _hook(self, hook):

@@ -14,7 +14,7 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "orders", "rewritten", "checkpointing", "determinism", "show", "memory", "bytecode", "content",
+    "orders", "rewritten", "escapes", "checkpointing", "determinism", "show", "memory", "bytecode", "content",
     "identity", "inputs", "order", "state", "finite", "record", "optim", "trial", "normalisation",
     "equivalents", "stopgradients", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs",
     "timeline", "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay",
