@@ -37,6 +37,7 @@ class NotDifferentiable(RuntimeError):
 
 
 CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
+CUTS = ("optimize a non-leaf Tensor", "a leaf Variable that requires grad", "support the deepcopy protocol")
 BLOCK = 4  # targets that go through the optimizer's update at once, at least: its calls are short
 
 
@@ -120,16 +121,23 @@ def refusing(where: str):
         yield
     except NotDifferentiable:
         raise
-    except RuntimeError as error:
-        if "_Stop is a view" in str(error):
+    except (RuntimeError, ValueError) as error:
+        what = str(error)
+        if "_Stop is a view" in what:
             raise NotDifferentiable(
                 f"{where}: something is written in place through .data or detach(), behind autograd's back; "
                 "write x + (new - x).detach() in its place, or do it in the optimizer"
             ) from error
-        if "derivative" not in str(error) and "differentiable" not in str(error):
+        if any(sign in what for sign in CUTS):
+            raise NotDifferentiable(
+                f"{where}: it writes into parameters, as an optimizer or load_state_dict does, and so cuts "
+                "their history. Make new tensors, with torch.autograd.grad(..., create_graph=True), and call "
+                "torch.func.functional_call(model, tensors, inputs)"
+            ) from error
+        if isinstance(error, ValueError) or not ("derivative" in what or "differentia" in what):
             raise
         raise NotDifferentiable(
-            f"{where}: {str(error).rstrip('.')}. The derivative of a training step is a second derivative of "
+            f"{where}: {what.rstrip('.')}. The derivative of a training step is a second derivative of "
             "the model; use an operation that has one"
         ) from error
 
@@ -150,7 +158,7 @@ class Traced:
     grads           name -> gradient, of the parameters that the step uses
     buffers_after   the buffers of s_{t+1}, as functions of the leaves
     after           s_{t+1}, or None where it was not asked for
-    escaped         operations through which a number that depends on the parameters left PyTorch
+    escaped         ways on which a number that depends on the parameters may have left the graph
     same_bits       the gradients are training's own to the bit
     """
 
@@ -261,8 +269,9 @@ def measure_vjp(
         if not outputs.requires_grad:
             raise NotDifferentiable(
                 "measure does not depend on the model by any differentiable path; look for argmax, "
-                "rounding or .item() in it, or a model from outside. A loss or a margin has a derivative, "
-                "an accuracy has none"
+                "rounding or .item() in it, for .backward() (use torch.autograd.grad with "
+                "create_graph=True), or a model from outside. A loss or a margin has a derivative, an "
+                "accuracy has none"
             )
         inputs = [*params.values(), *(buffers[name] for name in moved)]
         one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]

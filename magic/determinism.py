@@ -141,6 +141,9 @@ def _fix(settings: Settings) -> None:
     cudnn, matmul, cpu = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
     settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)
     settings._set("cudnn.benchmark", *_attribute(cudnn, "benchmark"), False)
+    # In eval mode, attention layers take a fused path where no gradient is recorded, unless a mode listens.
+    mha = torch.backends.mha
+    settings._set("mha.fastpath", mha.get_fastpath_enabled, mha.set_fastpath_enabled, False)
     # torch.set_float32_matmul_precision("medium") sets these, too: on the CPU those of oneDNN.
     gpu = {"cuda.matmul": matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
     for name, owner in {**gpu, **{f"mkldnn.{k}": getattr(cpu, k) for k in ("matmul", "conv", "rnn")}}.items():

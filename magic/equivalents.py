@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from . import checkpointing
 from .normalisation import batch_norm, group_norm, layer_norm
 from .orders import batched, further, shared
 from .rewritten import REFUSED, REWRITTEN
@@ -243,9 +244,23 @@ SAME_BITS: dict[Callable, Callable] = {
 }
 # Inside the transforms of torch.func, PyTorch's own operations stand, but its third derivative of
 # LayerNorm is wrong and BatchNorm has none.
-NORMALISATIONS = {F.layer_norm, F.group_norm, F.batch_norm, torch.batch_norm}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm}
+NORMALISATIONS = {F.layer_norm, F.group_norm, *BATCH_NORMS}
+# PyTorch takes another formula for their gradient where that is to be differentiated again.
+OTHER_BITS = {
+    F.silu, torch._C._nn.silu, torch._C._nn.silu_, F.mish, torch._C._nn.mish, torch._C._nn.mish_,
+    torch.cumprod, torch.Tensor.cumprod, torch.Tensor.cumprod_,
+    torch.ormqr, torch.Tensor.ormqr, torch.linalg.householder_product, torch.orgqr, torch.Tensor.orgqr,
+    torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve,
+    torch.group_norm, torch.native_group_norm,
+}  # fmt: skip
 # Attention's kernel is chosen below Python; for these, the plain one is.
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+def _in_eval(func, args, kwargs) -> bool:
+    """Whether this call of a batch normalisation uses the running statistics: it is written out then."""
+    return not (args[5] if len(args) > 5 else kwargs.get("training", False))
 
 
 class _Replace(TorchFunctionMode):
@@ -253,16 +268,26 @@ class _Replace(TorchFunctionMode):
 
     rewritten = False
 
+    def __enter__(self):
+        self._checkpoints = checkpointing.refusing(keeping=True)
+        self._checkpoints.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self._checkpoints.__exit__(*exc)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in SAME_BITS and (not batched() or func in NORMALISATIONS):
-            self.rewritten |= batched()
+            self.rewritten |= batched() or (func in BATCH_NORMS and _in_eval(func, args, kwargs))
             return SAME_BITS[func](*args, **kwargs)
         if func is torch.autograd.grad:  # a loss that takes gradients: theirs are formed in another order
             self.rewritten = True
         if func in REWRITTEN:
             self.rewritten = True
             return REWRITTEN[func](*args, **kwargs)
+        self.rewritten |= func in OTHER_BITS
         if func in REFUSED:
             return REFUSED[func](*args, **kwargs)
         if func in ATTENTION:

@@ -80,7 +80,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     `meta` says what the file is; `read` compares it.
     """
     on_cpu = [k for k, x in tensors.items() if x.device.type == "cpu"]
-    meta = meta | {"order": list(tensors), "on_cpu": on_cpu}
+    # The layout in memory (channels_last, transposed) decides how sums are rounded, so it is kept.
+    strides = {k: torch.empty_like(x, device="meta").stride() for k, x in tensors.items()}
+    strides = {k: s for k, s in strides.items() if s != torch.empty(tensors[k].shape, device="meta").stride()}
+    meta = meta | {"order": list(tensors), "on_cpu": on_cpu, "strides": strides}
     meta["fingerprint"] = _bits(tensors, meta)
     library = _safetensors()
     with _told(path), replacing(path) as part:
@@ -143,6 +146,8 @@ def read(
         raise Misplaced(
             f"{path} is a whole file in the wrong place: {told}. Remove it, or put back the folder as it was"
         )
+    for k, stride in meta.get("strides", {}).items():
+        tensors[k] = torch.empty_strided(tensors[k].shape, stride, dtype=tensors[k].dtype).copy_(tensors[k])
     return {k: x if k in meta["on_cpu"] else x.to(device) for k, x in tensors.items()}, meta
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 
 def check_arguments(model, loss, seed) -> None:
@@ -32,7 +33,11 @@ def check_model(model: nn.Module) -> None:
                 f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
                 "pass the original module (compiled._orig_mod)"
             )
+        _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
         _check_old_style(name, module)
+    _check_hooks(
+        "for every module there are", modules._global_backward_hooks, modules._global_backward_pre_hooks
+    )
     dtypes = {}
     for name, p in model.named_parameters():
         _check_values(f"parameter {name!r}", p)
@@ -42,6 +47,11 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
                 "derivative of such a run is invalid; use model.float() or model.double()"
+            )
+        if p.requires_grad and p.clone().stride() != p.stride():
+            raise ValueError(
+                f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of "
+                "its own, p.data = p.data.clone()"
             )
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
@@ -53,6 +63,15 @@ def check_model(model: nn.Module) -> None:
     for name, b in model.named_buffers():
         _check_values(f"buffer {name!r}", b)
     _check_shared(model)
+
+
+def _check_hooks(where: str, *hooks: dict) -> None:
+    """Raise for hooks on a module's backward pass, which would be called for derivatives of it, too."""
+    if any(hooks):
+        raise ValueError(
+            f"{where} backward hooks, which magic does not run; remove them. To scale a gradient by a, write "
+            "a * x + ((1 - a) * x).detach() in forward, or use x.register_hook there"
+        )
 
 
 def _check_old_style(name: str, module: nn.Module) -> None:
@@ -311,6 +330,20 @@ def check_losses(losses, count: int, t: int) -> None:
             f"step {t}: the losses do not depend on the parameters by any differentiable path; "
             "look for detach(), no_grad(), .item() or argmax in loss, and for activation checkpointing with "
             "use_reentrant=True (use_reentrant=False is differentiable)"
+        )
+
+
+def check_outputs(out) -> None:
+    """Raise unless measure returned K real numbers, (K,)."""
+    if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"measure returned {shape}; it must return K >= 1 numbers as a (K,) tensor "
+            '(reduction="none"; for a single number, .reshape(1))'
+        )
+    if out.is_complex():
+        raise TypeError(
+            f"measure returned {out.dtype}; measure real numbers (torch.view_as_real(z).reshape(-1))"
         )
 
 

@@ -159,6 +159,16 @@ def _first_per_channel(kind: Normalisation, g: Tensor, xhat: Tensor, s: Tensor, 
     return torch.addcmul(torch.addcmul(-sw * mean, g, sw), xhat, -sw * m), m * kind.count, mean * kind.count
 
 
+def _laid_out(g: Tensor, x: Tensor) -> Tensor:
+    """g in the memory layout in which PyTorch's kernels take x; it decides how their sums are rounded."""
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return g.contiguous()
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return g.contiguous(
+        memory_format=last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+    )
+
+
 class _NormaliseBackward(Function):
     """The three gradients above, and how they move with g, x and w.
 
@@ -175,7 +185,7 @@ class _NormaliseBackward(Function):
     def forward(ctx, g, x, weight, mean, rstd, of):
         ctx.of = of
         ctx.save_for_backward(g, x, weight)
-        return tuple(of.kind.backward(g.contiguous(), x, weight, mean, rstd, list(of.asked), *of.kept))
+        return tuple(of.kind.backward(_laid_out(g, x), x, weight, mean, rstd, list(of.asked), *of.kept))
 
     @staticmethod
     def backward(ctx, c, c_weight, c_bias):
@@ -255,9 +265,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
         shape=(n, num_groups, channels // num_groups, sizes[2]),
         axes=(2, 3),
         affine=(1, num_groups, channels // num_groups, 1),
-        forward=lambda x, w, b: aten.native_group_norm(x.contiguous(), w, b, *sizes, eps),
+        forward=lambda x, w, b: aten.native_group_norm(_laid_out(x, x), w, b, *sizes, eps),
         backward=lambda g, x, w, mean, rstd, asked: aten.native_group_norm_backward(
-            g, x.contiguous(), mean, rstd, w, *sizes, asked
+            g, _laid_out(x, x), mean, rstd, w, *sizes, asked
         ),
         eps=eps,
     )

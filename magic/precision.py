@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from .stopgradients import writes
+
 LOW = {torch.float32, torch.float16, torch.bfloat16}
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 REINTERPRETS = {Tensor.view}  # view(dtype) reads the same bits as other numbers
@@ -31,6 +33,8 @@ class InDouble(TorchFunctionMode):
             return func(*args, **kwargs)
         if func not in REINTERPRETS:
             args, kwargs = tree_map(_asked, (args, kwargs))
+        if writes(func):  # into the tensor that is there
+            return func(*args, **kwargs)
         return tree_map(_made, func(*tree_map(_made, args), **tree_map(_made, kwargs)))
 
 

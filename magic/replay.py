@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import determinism, footprint, health, schedule
-from .adjoint import Traced, measure_vjp, trace, traced_vjp
+from .adjoint import Traced, measure_vjp, refusing, trace, traced_vjp
 from .directory import Directory, Progress
+from .escapes import FUNCTION
 from .finite import NonFinite, checked
 from .optim_adjoint import warn_of_underflow
 from .planning import Plan
@@ -109,6 +110,7 @@ class _Sweeps:
         self.sizes: dict[int, list[float]] = {}
         self.witnessed: dict[int, float | None] = {}
         self.traced: dict[int, Traced] = {}
+        self.known: set[str] = set()
         self.peaks = [(0, 0)] * 3
 
     def all(self, progress: bool) -> Replay:
@@ -195,7 +197,7 @@ class _Sweeps:
         )
         if self.cotangent is None:
             self.turn(traced)
-        elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or traced.escaped):
+        elif t not in self.witnessed and (t in (run.steps // 3, 2 * run.steps // 3) or self.suspect(traced)):
             self.witnessed[t] = check_step(run, traced.state, self.weights, directions=1)
             self.check_underflow(traced)
         alone = self.pulled_alone(traced) if t in self.witnessed else None
@@ -209,6 +211,12 @@ class _Sweeps:
         self.shown.update()
         if self.folder and t:
             self.folder.note(self.noted(self.rows, t, self.cotangent), self.passed)
+
+    def suspect(self, traced: Traced) -> bool:
+        """Whether something may be hidden in this step; of an autograd Function, that is asked once."""
+        fresh = [why for why in traced.escaped if why not in self.known]
+        self.known |= {why for why in fresh if why.startswith(FUNCTION)}
+        return bool(fresh)
 
     def noted(self, rows: slice, t: int | None = None, cotangent: Cotangent | None = None) -> Progress:
         """How far the work is."""
@@ -263,7 +271,7 @@ def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
 
 def measured_outputs(run: Run, state: State, measure: Callable, finite: bool = True) -> Tensor:
     """φ at this state, (K,), computed as a user would: with PyTorch's own operations."""
-    with torch.no_grad(), determinism.alone():
+    with torch.no_grad(), determinism.alone(), refusing("measure"):
         outputs = run.measured(measure, state.params, state.buffers).detach()
     if finite and not outputs.isfinite().all():
         raise NonFinite(f"measure returned {outputs[~outputs.isfinite()][0].item()} for the trained model")

@@ -53,7 +53,7 @@ class Gradient:
     by_name    parameter -> gradient, or None where the step does not use the parameter
     buffers    the buffers after the forward pass, and the names of those that it wrote
     same_bits  no operation was replaced by one with other bits
-    escaped    operations through which a number that depends on the parameters left PyTorch
+    escaped    ways on which a number that depends on the parameters may have left the graph
     """
 
     total: Tensor
@@ -257,7 +257,7 @@ class Run:
                 losses = self.loss(model, *batch)
             inputs.check_leaves(params, t)
             total = self._total(losses, weight, t)
-            leaves = list(params.values())
+            leaves, stops.escapes.open = list(params.values()), False
             grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
             if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
                 used = uses_of(total, leaves)
@@ -271,7 +271,8 @@ class Run:
         inputs.check_unwritten(watched, before, t)
         written = frozenset(name for name, b in after.items() if b is not buffers[name])
         by_name = dict(zip(params, grads, strict=True))
-        return Gradient(total, by_name, after, written, same_bits, tuple(stops.escaped))
+        escaped = stops.escapes.found([total, *after.values()]) if create_graph else ()
+        return Gradient(total, by_name, after, written, same_bits, escaped)
 
     def _total(self, losses: Tensor, weight: Tensor, t: int) -> Tensor:
         """Σ wᵢℓᵢ / B, or / Σ wᵢ."""
@@ -302,16 +303,7 @@ class Run:
         model = inputs.clean_copy(self._model, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
         out, _ = self.apply(measure, params, buffers, call=_Call(model))
-        if not isinstance(out, Tensor) or out.dim() != 1 or len(out) == 0:
-            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"measure returned {shape}; it must return K >= 1 numbers as a (K,) tensor "
-                '(reduction="none"; for a single number, .reshape(1))'
-            )
-        if out.is_complex():
-            raise TypeError(
-                f"measure returned {out.dtype}; measure real numbers (torch.view_as_real(z).reshape(-1))"
-            )
+        inputs.check_outputs(out)
         if name := inputs.uses(out, dict(self._outside)):
             raise ValueError(
                 f"measure uses {name!r} of the model outside; it must use the model that it is given"
@@ -369,7 +361,10 @@ class Run:
             if grad.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
             group = hyper[self.group_of[name]]
-            params[name], slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            param, slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            if param.stride() != params[name].stride():  # axes of length 1; a layout chooses the kernel
+                param = torch.empty_like(params[name]).copy_(param)
+            params[name] = param
         buffers = dict(state.buffers)
         for name in gradient.written:
             buffers[name] = inputs.check_moved(name, gradient.buffers[name].detach())

@@ -83,7 +83,7 @@ def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State)
 
 
 def _pinned(x: torch.Tensor) -> torch.Tensor:
-    there = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=torch.cuda.is_available())
+    there = torch.empty_like(x, device="cpu", pin_memory=torch.cuda.is_available())  # its layout, too
     return there.copy_(x)
 
 

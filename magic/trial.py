@@ -7,13 +7,11 @@ here, by name.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import determinism, memory
+from . import checkpointing, determinism, memory
 from .inputs import uses
 from .state import State
 
@@ -50,7 +48,7 @@ def first_step(run, model: nn.Module) -> None:
     before, frozen, modes = start.fingerprint(), determinism.fingerprint(run._model), _modes(run._model)
     attributes = memory.attributes(run._model)
     outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    with determinism.alone(), determinism.refusing(), _recomputing():
+    with determinism.alone(), determinism.refusing(), checkpointing.refusing():
         with torch.enable_grad(), _Watch(outside) as watch:
             leaves = {name: p.detach().requires_grad_() for name, p in start.params.items()}
             weight = weights[run.batches[0].to(weights.device)]
@@ -108,20 +106,6 @@ def _check_modes(before: dict[str, bool], after: dict[str, bool]) -> None:
                 "which a plain loop would do its next step; set the mode before the Run is made, or set it "
                 "back at the end of the loss"
             )
-
-
-@contextlib.contextmanager
-def _recomputing():
-    """Turn the errors of reentrant activation checkpointing into one that says the way out."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error) and "Checkpointing is not compatible" not in str(error):
-            raise
-        raise ValueError(
-            "activation checkpointing with use_reentrant=True has no derivative by torch.autograd.grad; use "
-            "checkpoint(..., use_reentrant=False)"
-        ) from error
 
 
 def _first_difference(a: State, b: State) -> str | None:

@@ -83,7 +83,9 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
                 f"{seen:.6g}, a finite difference gives {slope.value:.6g}. Something in the model or loss "
                 "acts behind autograd's back: look for .item(), .numpy(), activation checkpointing, or an "
                 "autograd Function that cannot be differentiated twice"
-                + (f" (this run has {own})" if own else "")
+                + (f" (this run has {own}). " if own else ". ")
+                + "A backward that is not the derivative of its forward, as of a straight-through estimator, "
+                "can be written so that both are seen: a * x + (y - a * x).detach() is y, with gradient a"
             )
         if not right:
             _warn(f"{unchecked}: finite differences are not steady. Part of it may be in low precision")
@@ -132,7 +134,7 @@ def check_measure(
     if run.dtype != torch.float64:
         try:
             shadow, exact = _shadow(run), state.map(_double)
-            with determinism.fix(), InDouble():
+            with determinism.alone(), InDouble():
                 pulled = measure_vjp(shadow, exact, measure, targets, chunk=1)
                 found = _check_measure(shadow, exact, measure, pulled, targets)
         except NotDifferentiable:
@@ -191,9 +193,11 @@ def check_batching(alone: tuple, together: tuple, t: int) -> None:
     pairs = {"the scores": (scores, all_scores[-1:])}
     flat = all_cotangents.flatten()
     pairs |= {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
+    all_of_it = max(one.abs().max().item() for one, _ in pairs.values() if one.numel())
     for name, (one, last) in pairs.items():
         largest = max(one.abs().max().item(), last.abs().max().item()) if one.numel() else 0.0
-        limit = torch.finfo(one.dtype).eps ** 0.5 * largest
+        eps = torch.finfo(one.dtype).eps
+        limit = eps**0.5 * largest + 100 * eps * all_of_it  # what is 0 but for rounding has no digits
         if not (one - last).abs().max().item() <= limit:
             raise NotDifferentiable(
                 f"step {t}: pulled back together with others, a target gets other values of {name} than "

@@ -110,7 +110,7 @@ def test_a_file_can_be_read_by_others(states, tmp_path):
     Disk(tmp_path, run.initial).save(3, found[3])
     with safe_open(tmp_path / "state-000000003.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()["magic"])
-        expected = {"step", "kind", "run", "moved", "order", "fingerprint", "on_cpu"}
+        expected = {"step", "kind", "run", "moved", "order", "fingerprint", "on_cpu", "strides"}
         assert meta["step"] == 3 and set(meta) == expected
         name = next(iter(found[3].params))
         assert torch.equal(file.get_tensor(f"params/{name}"), found[3].params[name])

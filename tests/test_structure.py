@@ -14,12 +14,13 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "orders", "rewritten", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs",
-    "order", "state", "record", "finite", "optim", "trial", "precision", "normalisation", "equivalents",
-    "stopgradients", "run", "optim_adjoint", "adjoint", "witness", "schedule", "costs", "timeline",
-    "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
-    "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
-    "best_linear", "second_order", "smoothness", "baselines",
+    "orders", "rewritten", "escapes", "checkpointing", "determinism", "show", "memory", "bytecode",
+    "content", "identity", "inputs", "order", "state", "record", "finite", "optim", "trial",
+    "normalisation", "equivalents", "stopgradients", "precision", "run", "optim_adjoint", "adjoint",
+    "witness", "schedule", "costs", "timeline", "files", "store", "footprint", "tryout", "planning",
+    "health", "directory", "replay", "subsets", "where", "attribution", "retraining", "bank",
+    "counterfactual", "judgement", "verification", "best_linear", "second_order", "smoothness",
+    "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]
 # policy and place know no numerics
