@@ -67,5 +67,8 @@ class Escapes:
                 todo += [parent for parent, _ in node.next_functions]
         names = sorted({node.name() for node in nodes if isinstance(node, own)})
         functions = [FUNCTION + name for name in names if not name.startswith("_")]
-        lost = ["detach"] if any(node not in nodes for node in self._stops) else []
-        return (*self.reasons, *lost, *functions)
+        lost = sum(node not in nodes for node in self._stops)
+        if not lost:
+            return (*self.reasons, *functions)
+        # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number is.
+        return (*self.reasons, f"{FUNCTION * bool(functions)}{lost} × detach", *functions)

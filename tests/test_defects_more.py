@@ -1,6 +1,7 @@
 """More of what once gave a wrong number, a false alarm or a raw traceback."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -443,5 +444,152 @@ def test_a_measure_that_calls_backward_is_told_of_grad():
         loss(model, x, Y[:2]).sum().backward()
         return x.grad.square().sum(1)
 
-    with pytest.raises(magic.NotDifferentiable, match=r"for \.backward\(\) \(use torch\.autograd\.grad"):
+    with pytest.raises(magic.NotDifferentiable, match=r"backward\(\) inside .* use torch\.autograd\.grad"):
         scores(run_of(mlp()), slopes)
+
+
+# --- what leaves the graph at a single step, where no witness would look of itself
+
+
+class Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.sigmoid(5 * ctx.saved_tensors[0])
+
+
+def in_inference_mode(h):
+    with torch.inference_mode():
+        gate = h.mean(0)
+    return h * gate.clone()
+
+
+HIDDEN = {
+    "tensor": lambda h: h * torch.tensor(h.mean(), dtype=h.dtype),
+    "new_tensor": lambda h: h * h.new_tensor(h.mean(0)),
+    "inference": in_inference_mode,
+    "aten": lambda h: h * torch.ops.aten.detach(h.mean(0)),
+    "Variable": lambda h: h * torch.autograd.Variable(h.data).mean(0),
+    "Parameter": lambda h: h * nn.Parameter(h.detach()).mean(0),
+    "pickle": lambda h: h * pickle.loads(pickle.dumps(h.detach().mean(0))),
+    "jvp": lambda h: h + torch.func.jvp(lambda v: v.sin() * v.detach(), (h,), (torch.ones_like(h),))[1],
+    "grad": lambda h: h + torch.func.vmap(torch.func.grad(lambda v: (v * v.detach()).sum().sin()))(h),
+    "Function": Surrogate.apply,
+}
+
+
+class AtOneStep(nn.Module):
+    """Does something with the batch that holds the sixth step's first example in its first row."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.body, self.use = mlp(), use
+
+    def forward(self, x):
+        h = self.body[0](x)
+        if len(ORDER) == 6 and bool((x[0] == X[ORDER[1][0]]).all()):
+            h = self.use(h)
+        return self.body[2](F.gelu(h))
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.filterwarnings("ignore:The given NumPy")
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_is_hidden_at_one_step_is_found(name):
+    run = run_of(AtOneStep(HIDDEN[name]), optimizer=torch.optim.SGD)
+    assert 1 not in (run.steps - 1, run.steps // 3, 2 * run.steps // 3), "it would be looked at anyway"
+    with pytest.raises(magic.NotDifferentiable, match="step 1: "):
+        scores(run)
+
+
+def test_a_function_that_is_right_is_asked_once(monkeypatch):
+    asked = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    original = replay.check_step
+    monkeypatch.setattr(replay, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
+    agrees(run_of(hidden(lambda self, h: Square.apply(h)), optimizer=torch.optim.SGD))
+    assert len(asked) <= 4, "at three steps anyway, and at one for the Function"
+
+
+def test_a_mask_made_of_stopped_numbers_is_no_escape(monkeypatch):
+    asked = []
+    original = replay.check_step
+    monkeypatch.setattr(replay, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
+
+    def hard_ones(model, x, y):
+        losses = loss(model, x, y)
+        return losses * (losses >= losses.detach().median())
+
+    agrees(run_of(mlp(), loss=hard_ones))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("how", ["rolled", "sliced"])
+def test_a_queue_written_through_views_under_no_grad(how):
+    class Queue(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+            self.register_buffer("queue", torch.randn(8, 5, dtype=torch.float64))
+
+        def forward(self, x):
+            h = self.body[0](x)
+            out = self.body[2](F.gelu(h)) + (h @ self.queue.clone().t()).logsumexp(1, keepdim=True) * X[0, :3]
+            if self.training:
+                with torch.no_grad():
+                    if how == "rolled":
+                        self.queue.copy_(torch.roll(self.queue, 4, 0))
+                        self.queue[:4].copy_(h)
+                    else:
+                        rows = self.queue[2:6]
+                        rows.copy_(h)
+                        rows.mul_(0.5)
+            return out
+
+    torch.manual_seed(0)
+    agrees(run_of(Queue(), optimizer=torch.optim.SGD))
+
+
+# --- a derivative that PyTorch itself has wrong
+
+
+class Physics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        hidden = nn.Linear(1, 6), nn.Tanh(), nn.LayerNorm(6), nn.Tanh()
+        self.body = nn.Sequential(*hidden, nn.Linear(6, 1)).double()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def residual(model, x, y):
+    """u'' = u at points x, and u small."""
+    x = x[:, :1].clone().requires_grad_()
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return (bend - u).square().sum(1) + u.square().sum(1)
+
+
+def test_a_second_derivative_of_layer_norm_within_a_loss_is_refused():
+    """Training's own gradient, a third derivative of LayerNorm, is wrong in PyTorch: the witness sees that
+    the step is not what autograd differentiates."""
+    torch.manual_seed(0)
+    run = run_of(Physics(), loss=residual, optimizer=torch.optim.SGD)
+    with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
+        scores(run, lambda model: model(X[:2, :1])[:, 0])
