@@ -18,6 +18,7 @@ witness, not a proof.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from dataclasses import dataclass
@@ -25,17 +26,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import determinism
-from .adjoint import NotDifferentiable, own_functions, pull, refusing
-from .inputs import clean_copy, each
+from . import determinism, optim
+from .adjoint import NotDifferentiable, Traced, own_functions, pull, refusing
+from .inputs import clean_copy, each, graph_nodes
+from .precision import InDouble
 from .run import Run
-from .state import State
+from .state import Cotangent, State
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. The last ones are for
-# arithmetic that is in float32 inside.
+# arithmetic that is in float32 inside, where no cast shows (`magic.precision`): in tables, or outside PyTorch.
 STEPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DIRECTIONS = 3  # tried before a derivative is called wrong
+NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
 EXAMPLES = 8  # of a batch
 
 
@@ -43,7 +46,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     """Raise NotDifferentiable if the derivative of the step at `state` is not what the step does.
 
     Returns the relative difference found, or None, with a warning, where no finite difference is
-    steady enough to tell (float32 arithmetic inside the model, a gradient that is rounding noise).
+    steady enough to tell (arithmetic in low precision that no cast shows).
     """
     dice = torch.Generator().manual_seed(0)
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
@@ -75,10 +78,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
                 + (f" (this run has {own})" if own else "")
             )
         if not right:
-            _warn(
-                f"{unchecked}: finite differences are not steady. Either part of it is in low precision, "
-                "or a gradient is rounding noise, as that of a bias in front of a normalisation is"
-            )
+            _warn(f"{unchecked}: finite differences are not steady. Part of it may be in low precision")
             return None
         return max(slope.gap(seen) for seen, slope in right)
 
@@ -103,7 +103,8 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = shadow.gradient(params, held, values["weights"], 0, create_graph)
+        with InDouble():
+            found = shadow.gradient(params, held, values["weights"], 0, create_graph)
         after = {f"buffers/{name}": b for name, b in found.buffers.items() if b.is_floating_point()}
         return {name: g for name, g in found.by_name.items() if g is not None} | after
 
@@ -143,25 +144,71 @@ def check_measure(
     )
 
 
-def check_batching(alone: tuple, together: tuple, t: int) -> None:
+def check_batching(alone: tuple, together: tuple, traced: Traced) -> None:
     """Raise NotDifferentiable unless the last of several targets pulled back together is what it is alone.
 
     Both are (cotangent, scores). PyTorch's batched derivative of an operation may be wrong where its plain
-    one is right.
+    one is right. A tensor may differ by the root of a rounding error, relative to its largest number. And
+    it may differ by the noise of numbers as large as those beside it: the bias of an attention's keys, to
+    which the softmax is blind, has a cotangent that is nothing else.
     """
     (cotangent, scores), (all_cotangents, all_scores) = alone, together
-    pairs = {"the scores": (scores, all_scores[-1:])}
-    flat = all_cotangents.flatten()
-    pairs |= {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
+    flat, eps = all_cotangents.flatten(), _rounding(traced)
+    pairs = {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].numel()} | {
+        "the scores": (scores, all_scores[-1:])
+    }
+    sizes = {name: max(x.abs().max().item() for x in pair) for name, pair in pairs.items()}
+    beside: dict[str, float] = {}  # the largest of a kind: params, buffers, a slot of the optimizer
+    for name, size in sizes.items():
+        beside[_kind(name)] = max(size, beside.get(_kind(name), 0.0))
     for name, (one, last) in pairs.items():
-        largest = max(one.abs().max().item(), last.abs().max().item()) if one.numel() else 0.0
-        limit = torch.finfo(one.dtype).eps ** 0.5 * largest
+        limit = eps**0.5 * sizes[name] + NOISE * eps * beside[_kind(name)]
         if not (one - last).abs().max().item() <= limit:
             raise NotDifferentiable(
-                f"step {t}: pulled back together with others, a target gets other values of {name} than "
-                "alone. An operation of the model or the loss has a wrong batched derivative in PyTorch: "
-                "measure one output at a time, or write the operation out"
+                f"step {traced.state.step}: pulled back together with others, a target gets other values of "
+                f"{name} than alone. An operation of the model or the loss has a wrong batched derivative in "
+                "PyTorch: measure one output at a time, or write the operation out"
             )
+
+
+def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
+    """Warn of a parameter whose gradient is nothing but rounding, where Adam makes it matter.
+
+    The bias in front of a normalisation is one. Adam divides the noise by itself, so the parameter wanders;
+    where the measure sees it, as through running statistics, so do the outputs and their derivative. The
+    bias of an attention's keys wanders as well, but nothing sees it: its cotangent is noise, too.
+    """
+    if run.rule is not optim.adam:
+        return
+
+    def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
+        norms = {name: x.detach().norm().item() for name, x in tensors.items()}
+        largest = max(norms.values(), default=0.0)
+        return {name: norm / largest for name, norm in norms.items() if norm}
+
+    least = 10 * torch.finfo(run.dtype).eps
+    seen = sizes(cotangent.params)
+    noisy = [name for name, size in sizes(traced.grads).items() if size < least < seen.get(name, 0.0)]
+    if noisy:
+        _warn(
+            f"step {traced.state.step}: the gradient of {noisy[0]!r} is rounding noise, as that of a bias in "
+            "front of a normalisation is, and Adam divides it by itself: what it does to the outputs is "
+            "chance. Leave the bias out (bias=False), or do not train it"
+        )
+
+
+def _kind(name: str) -> str:
+    """ "slots/layers.0.weight/exp_avg" is a "slots exp_avg"."""
+    first, *rest = name.split("/")
+    return f"{first} {rest[-1]}" if first == "slots" else first
+
+
+def _rounding(traced: Traced) -> float:
+    """The rounding error of the least precise arithmetic in the step: a model may cast to float32 inside."""
+    grads = list(traced.grads.values())
+    casts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(grads))
+    return torch.finfo(torch.float32 if casts else grads[0].dtype).eps
 
 
 def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice | None, dice):
@@ -173,14 +220,15 @@ def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice 
     direction = {name: _random(x, dice) * x for name, x in point.items()}
     seen = sum((torch.tensordot(rows, pulled[name], 1) * d).sum().item() for name, d in direction.items())
 
+    double = run.dtype == torch.float64
+
     def along(epsilon: float) -> float:
         moved = {name: x + epsilon * direction[name] for name, x in point.items()}
         params = {name: moved[name] for name in state.params}
-        with torch.no_grad():
+        with torch.no_grad(), InDouble() if double else contextlib.nullcontext():
             outputs = run.measured(measure, params, {k: moved.get(k, b) for k, b in state.buffers.items()})
         return (rows.double() * outputs[targets or slice(None)].double()).sum().item()
 
-    double = run.dtype == torch.float64
     steps, tolerance = ((1e-6, 1e-4), 1e-3) if double else ((3e-4, 3e-3, 3e-2), 2e-2)
     slope = _steady(along, steps, tolerance, seen, rounding=1e-9 if double else 1e-6)
     moves = seen != 0 or slope is None or slope.value != 0 or along(0.5) != along(-0.5)
@@ -197,8 +245,11 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, _Slop
         outputs = gradient(leaves, create_graph=True)
         outputs = {name: y for name, y in outputs.items() if y.isfinite().all()}  # a mask may hold −∞
         own = own_functions(list(outputs.values()))
-        # Each output tensor counts the same, whatever its size.
-        rows = {name: _random(y, dice) / (y.detach().norm() + 1e-300) for name, y in outputs.items()}
+        # Each output tensor counts the same, whatever its size, but one that is rounding noise not at all.
+        sizes = {name: y.detach().norm().item() for name, y in outputs.items()}
+        largest = max((size for name, size in sizes.items() if not name.startswith("buffers/")), default=0.0)
+        told = {n: n.startswith("buffers/") or size > 1e-12 * largest for n, size in sizes.items()}
+        rows = {n: _random(y, dice) * (told[n] / (sizes[n] + 1e-300)) for n, y in outputs.items()}
         cotangents = [c.unsqueeze(0) for c in rows.values()]
         ((_, pulled),) = pull(list(outputs.values()), list(leaves.values()), lambda _: cotangents, 1)
         seen = sum((g[0] * d).sum() for g, d in zip(pulled, direction.values(), strict=True)).item()
