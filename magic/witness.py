@@ -140,7 +140,8 @@ def check_measure(
     seen, slope = wrong[0]
     raise NotDifferentiable(
         f"measure: autograd's derivative along a random direction is {seen:.6g}, a finite difference gives "
-        f"{slope.value:.6g}. Something in it leaves PyTorch: look for .item(), .numpy() or argmax"
+        f"{slope.value:.6g}. Something in it leaves PyTorch: look for .item(), .numpy() or argmax, "
+        "or for a cast to low precision whose rounding is as large as that"
     )
 
 
