@@ -34,7 +34,7 @@ from .run import Run
 from .state import Cotangent, State
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. The last ones are for
-# arithmetic that is in float32 inside, where no cast shows (`magic.precision`): in tables, or outside PyTorch.
+# arithmetic that is in float32 inside without a cast that `magic.precision` could undo.
 STEPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DIRECTIONS = 3  # tried before a derivative is called wrong

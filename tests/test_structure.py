@@ -16,8 +16,8 @@ PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "orders", "rewritten", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs",
     "order", "state", "finite", "record", "optim", "trial", "normalisation", "equivalents",
-    "stopgradients", "run", "optim_adjoint", "adjoint", "precision", "witness", "schedule", "costs", "timeline",
-    "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
+    "stopgradients", "run", "optim_adjoint", "adjoint", "precision", "witness", "schedule", "costs",
+    "timeline", "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
     "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
     "best_linear", "second_order", "smoothness", "baselines",
 ]  # fmt: skip
