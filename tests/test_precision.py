@@ -93,6 +93,19 @@ def test_a_wrong_derivative_behind_a_cast_is_found(norm):
         magic.attribute(run, measure, progress=False)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_a_small_error_does_not_pass_for_rounding(share):
+    """A scale that leaves PyTorch and moves the derivative by some thousandths, or hundredths."""
+
+    def normed(x):
+        square = x.square().mean(-1, keepdim=True)
+        return x * torch.rsqrt(square + 1e-6) * (1 + share * square.mean().item())
+
+    run, measure = build(InSingle(normed))
+    with pytest.raises(magic.NotDifferentiable, match="finite difference gives"):
+        magic.attribute(run, measure, progress=False)
+
+
 def test_the_cast_that_is_undone():
     x = torch.linspace(0, 1, 7, dtype=torch.float64)
     count = torch.arange(1, 8)

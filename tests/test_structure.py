@@ -17,8 +17,8 @@ ORDER = [
     "orders", "rewritten", "determinism", "show", "memory", "bytecode", "content", "identity", "inputs",
     "order", "state", "finite", "record", "optim", "trial", "normalisation", "equivalents",
     "stopgradients", "run", "optim_adjoint", "adjoint", "precision", "witness", "schedule", "costs",
-    "timeline", "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay", "subsets",
-    "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
+    "timeline", "files", "store", "footprint", "tryout", "planning", "health", "directory", "replay",
+    "subsets", "where", "attribution", "retraining", "bank", "counterfactual", "judgement", "verification",
     "best_linear", "second_order", "smoothness", "baselines",
 ]  # fmt: skip
 LEAVES = ["plot", "data", "models", "checks"]

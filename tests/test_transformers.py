@@ -39,10 +39,6 @@ def text(dtype=None):
     return ids, mask
 
 
-def labelled(dtype=None):
-    return (*text(), torch.arange(N) % 3)
-
-
 def images(dtype):
     return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype), torch.arange(N) % 3
 
@@ -61,10 +57,6 @@ def masked_words(model, ids, mask):
 def translated(model, ids, mask):
     logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids.flip(1)).logits
     return F.cross_entropy(logits[:, :-1].mT, ids.flip(1)[:, 1:], reduction="none").mean(1)
-
-
-def classes(model, ids, mask, y):
-    return F.cross_entropy(model(ids, attention_mask=mask).logits, y, reduction="none")
 
 
 def pictures(model, x, y):
@@ -105,13 +97,6 @@ MODELS = {
         lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, **TEXT, hidden_dropout_prob=0.1)),
         masked_words,
         text,
-    ),
-    "roberta-classifier": (
-        lambda: tf.RobertaForSequenceClassification(
-            tf.RobertaConfig(**SMALL, **TEXT, num_labels=3, pad_token_id=0)
-        ),
-        classes,
-        labelled,
     ),
     "t5": (
         lambda: tf.T5ForConditionalGeneration(
@@ -183,14 +168,14 @@ def scored(model, optimizer, loss, data, measure):
     return run, scores
 
 
-def exact_and_scored(model, optimizer, loss, data, measure):
+def exact_and_scored(model, optimizer, loss, data, measure, h=1e-4):
     """The scores, and the error of those of the same training without casts against its finite differences,
     which must be no other scores but for rounding."""
     _, scores = scored(model, optimizer, loss, data, measure)
     with InDouble():
         run = magic.Run(model, optimizer(model), data, loss, ORDER)
         exact = magic.attribute(run, measure, progress=False)
-        error = relative_error(run, measure, exact, EXAMPLES, h=1e-4)
+        error = relative_error(run, measure, exact, EXAMPLES, h)
     assert (scores.values - exact.values).norm() < 1e-4 * exact.values.norm()
     print(f"{type(model).__name__} {loss.__name__:<20} {error:.1e}")
     return error
@@ -213,7 +198,7 @@ def test_bits_witness_and_a_full_unroll(name):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_finite_differences_of_training_with_adamw(name):
     model, loss, data = make(name)
-    assert exact_and_scored(model, adamw, loss, data, first_two(loss, data)) < 1e-7
+    assert exact_and_scored(model, adamw, loss, data, first_two(loss, data), h=2e-5) < 1e-8
 
 
 def test_in_float32():
@@ -244,10 +229,6 @@ def through_numpy(square):
     return torch.from_numpy(square.detach().numpy() ** -0.5).to(square.dtype)
 
 
-def through_a_list(square):
-    return torch.tensor(square.tolist(), dtype=square.dtype).rsqrt()
-
-
 def by_item(square):
     return square.rsqrt() * (1 + 0.2 * square.mean().item())
 
@@ -266,7 +247,7 @@ class HalfSlope(torch.autograd.Function):
         return -0.5 * g * (0.5 * (square + square.detach())) ** -1.5
 
 
-@pytest.mark.parametrize("scale_of", [through_numpy, through_a_list, by_item, HalfSlope.apply])
+@pytest.mark.parametrize("scale_of", [through_numpy, by_item, HalfSlope.apply])
 def test_a_llama_with_a_wrong_derivative_is_refused(scale_of):
     model, loss, data = make("llama")
     model.model.norm = Norm(model.model.norm, scale_of)
@@ -317,15 +298,7 @@ def preferred(model, ids, mask):
     return -F.logsigmoid(0.5 * LENGTH * (now - before))
 
 
-def policy(model, ids, mask):
-    """A policy gradient: the advantage, which every example of the batch has a part in, is held fixed."""
-    likely = -LENGTH * next_words(model, ids, mask)
-    return -torch.tanh(likely - likely.mean()).detach() * likely
-
-
-@pytest.mark.parametrize(
-    ("name", "loss"), [("llama", focal), ("gpt2", own_teacher), ("llama", preferred), ("gpt2", policy)]
-)
+@pytest.mark.parametrize(("name", "loss"), [("llama", focal), ("gpt2", own_teacher), ("llama", preferred)])
 def test_losses_with_stop_gradients(name, loss):
     model, entropy, data = make(name)
     model = Pair(model) if loss is preferred else model
