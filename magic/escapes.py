@@ -70,5 +70,6 @@ class Escapes:
         lost = sum(node not in nodes for node in self._stops)
         if not lost:
             return (*self.reasons, *functions)
-        # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number is.
+        # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number
+        # changes.
         return (*self.reasons, f"{FUNCTION * bool(functions)}{lost} × detach", *functions)

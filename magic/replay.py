@@ -26,7 +26,7 @@ from .run import Run
 from .show import bar
 from .state import Cotangent, State
 from .store import Host, Memory, Store
-from .witness import check_batching, check_measure, check_step
+from .witness import check_batching, check_measure, check_step, warn_of_noise
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class _Sweeps:
         alone = self.pulled_alone(traced) if t in self.witnessed else None
         self.cotangent, scores = traced_vjp(run, traced, self.cotangent, self.plan.chunk)
         if alone is not None:
-            check_batching(alone, (self.cotangent, scores), t)
+            check_batching(alone, (self.cotangent, scores), traced)
         _check_finite(scores, self.cotangent, t)
         indices = run.batches[t].to(self.values.device)
         self.values[self.rows].index_add_(1, indices, scores.to(self.values.dtype))
@@ -246,6 +246,7 @@ class _Sweeps:
         self.cotangent = measure_vjp(run, final, self.measure, self.rows, self.plan.chunk)
         if T not in self.witnessed:
             self.witnessed[T] = check_measure(run, final, self.measure, self.cotangent, self.rows)
+            warn_of_noise(run, last, self.cotangent)
 
     def check_underflow(self, traced: Traced) -> None:
         hypers, group_of = self.run.hypers[traced.state.step], self.run.group_of

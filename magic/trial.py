@@ -32,7 +32,9 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if isinstance(out, Tensor) and out.dtype in LOW_PRECISION:
             self.low[name] = out.dtype
-        if self.used is None and (isinstance(out, (Tensor, tuple, list)) or name in ("item", "tolist")):
+        # A shape is a tuple, too, but no value.
+        tells = isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size)
+        if self.used is None and (tells or name in ("item", "tolist")):
             for x in (*args, *kwargs.values()):
                 for part in x if isinstance(x, (tuple, list)) else (x,):
                     self.used = self.used or self.outside.get(id(part))

@@ -25,29 +25,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import determinism
-from .adjoint import NotDifferentiable, measure_vjp, own_functions, pull, refusing
-from .inputs import clean_copy, each
-from .optim import adam
+from . import determinism, optim
+from .adjoint import NotDifferentiable, Traced, measure_vjp, own_functions, pull, refusing
+from .inputs import clean_copy, each, graph_nodes
 from .precision import InDouble
 from .run import Run
 from .state import Cotangent, State
 
-# Step sizes, small first: a ReLU that flips between the two ends spoils a difference. The last ones are for
-# arithmetic that is in float32 inside.
-STEPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
+# Step sizes, small first: a ReLU that flips between the two ends spoils a difference. But they are a hundred
+# times those that rounding is measured with (`_steady`): nearer to them, an error of the derivative would
+# pass for rounding and excuse itself. The last ones are for arithmetic that is in float32 inside without a cast
+# that `magic.precision` could undo.
+STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DROWNED = 0.05  # the share of a derivative that rounding may make up
 DIRECTIONS = 3  # tried before a derivative is called wrong
+NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
 EXAMPLES = 8  # of a batch
-NOISE = 1e-12  # a gradient smaller than the largest one by this is noise: float64 rounds by 1e-16
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
     """Raise NotDifferentiable if the derivative of the step at `state` is not what the step does.
 
     Returns the relative difference found, or None, with a warning, where no finite difference is
-    steady enough to tell (float32 arithmetic inside the model, a gradient that is rounding noise).
+    steady enough to tell (arithmetic in low precision that no cast shows).
     """
     dice = torch.Generator().manual_seed(0)
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
@@ -60,13 +61,6 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
             except Exception as error:
                 _warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
                 return None
-        if run.rule is adam and (names := _noisy(gradient(point))):
-            _warn(
-                f"{unchecked}: the gradient of {names[0]!r} is rounding noise beside the others, as that of "
-                "a bias in front of a normalisation is, and Adam divides it by its own size. Leave it out, "
-                "with bias=False"
-            )
-            return None
         right, wrong = [], []
         for tried in range(DIRECTIONS):
             if tried >= directions and not wrong:
@@ -179,31 +173,76 @@ def _check_measure(run: Run, state: State, measure, cotangent, targets: slice | 
     seen, slope = wrong[0]
     raise NotDifferentiable(
         f"measure: autograd's derivative along a random direction is {seen:.6g}, a finite difference gives "
-        f"{slope.value:.6g}. Something in it leaves PyTorch: look for .item(), .numpy() or argmax"
+        f"{slope.value:.6g}. Something in it leaves PyTorch: look for .item(), .numpy() or argmax, "
+        "or for a cast to low precision whose rounding is as large as that"
     )
 
 
-def check_batching(alone: tuple, together: tuple, t: int) -> None:
+def check_batching(alone: tuple, together: tuple, traced: Traced) -> None:
     """Raise NotDifferentiable unless the last of several targets pulled back together is what it is alone.
 
     Both are (cotangent, scores). PyTorch's batched derivative of an operation may be wrong where its plain
-    one is right.
+    one is right. A tensor may differ by the root of a rounding error, relative to its largest number. And
+    it may differ by the noise of numbers as large as those beside it: the bias of an attention's keys, to
+    which the softmax is blind, has a cotangent that is nothing else.
     """
     (cotangent, scores), (all_cotangents, all_scores) = alone, together
-    pairs = {"the scores": (scores, all_scores[-1:])}
-    flat = all_cotangents.flatten()
-    pairs |= {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
-    all_of_it = max(one.abs().max().item() for one, _ in pairs.values() if one.numel())
+    flat, eps = all_cotangents.flatten(), _rounding(traced)
+    pairs = {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].numel()} | {
+        "the scores": (scores, all_scores[-1:])
+    }
+    sizes = {name: max(x.abs().max().item() for x in pair) for name, pair in pairs.items()}
+    beside: dict[str, float] = {}  # the largest of a kind: params, buffers, a slot of the optimizer
+    for name, size in sizes.items():
+        beside[_kind(name)] = max(size, beside.get(_kind(name), 0.0))
     for name, (one, last) in pairs.items():
-        largest = max(one.abs().max().item(), last.abs().max().item()) if one.numel() else 0.0
-        eps = torch.finfo(one.dtype).eps
-        limit = eps**0.5 * largest + 100 * eps * all_of_it  # what is 0 but for rounding has no digits
+        limit = eps**0.5 * sizes[name] + NOISE * eps * beside[_kind(name)]
         if not (one - last).abs().max().item() <= limit:
             raise NotDifferentiable(
-                f"step {t}: pulled back together with others, a target gets other values of {name} than "
-                "alone. An operation of the model or the loss has a wrong batched derivative in PyTorch: "
-                "measure one output at a time, or write the operation out"
+                f"step {traced.state.step}: pulled back together with others, a target gets other values of "
+                f"{name} than alone. An operation of the model or the loss has a wrong batched derivative in "
+                "PyTorch: measure one output at a time, or write the operation out"
             )
+
+
+def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
+    """Warn of a parameter whose gradient is nothing but rounding, where Adam makes it matter.
+
+    The bias in front of a normalisation is one. Adam divides the noise by itself, so the parameter wanders;
+    where the measure sees it, as through running statistics, so do the outputs and their derivative. The
+    bias of an attention's keys wanders as well, but nothing sees it: its cotangent is noise, too.
+    """
+    if run.rule is not optim.adam:
+        return
+
+    def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
+        norms = {name: x.detach().norm().item() for name, x in tensors.items()}
+        largest = max(norms.values(), default=0.0)
+        return {name: norm / largest for name, norm in norms.items() if norm}
+
+    least = 10 * torch.finfo(run.dtype).eps
+    seen = sizes(cotangent.params)
+    noisy = [name for name, size in sizes(traced.grads).items() if size < least < seen.get(name, 0.0)]
+    if noisy:
+        _warn(
+            f"step {traced.state.step}: the gradient of {noisy[0]!r} is rounding noise, as that of a bias in "
+            "front of a normalisation is, and Adam divides it by itself: what it does to the outputs is "
+            "chance. Leave the bias out (bias=False), or do not train it"
+        )
+
+
+def _kind(name: str) -> str:
+    """ "slots/layers.0.weight/exp_avg" is a "slots exp_avg"."""
+    first, *rest = name.split("/")
+    return f"{first} {rest[-1]}" if first == "slots" else first
+
+
+def _rounding(traced: Traced) -> float:
+    """The rounding error of the least precise arithmetic in the step: a model may cast to float32 inside."""
+    grads = list(traced.grads.values())
+    casts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(grads))
+    return torch.finfo(torch.float32 if casts else grads[0].dtype).eps
 
 
 def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice | None, dice):
@@ -239,10 +278,11 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, _Slop
         outputs = gradient(leaves, create_graph=True)
         outputs = {name: y for name, y in outputs.items() if y.isfinite().all()}  # a mask may hold −∞
         own = own_functions(list(outputs.values()))
-        # Each output tensor counts the same, whatever its size; one that is rounding noise does not count.
-        noisy = _noisy(outputs)
-        rows = {name: _random(y, dice) / (y.detach().norm() + 1e-300) for name, y in outputs.items()}
-        rows = {name: row * (name not in noisy) for name, row in rows.items()}
+        # Each output tensor counts the same, whatever its size, but one that is rounding noise not at all.
+        sizes = {name: y.detach().norm().item() for name, y in outputs.items()}
+        largest = max((size for name, size in sizes.items() if not name.startswith("buffers/")), default=0.0)
+        told = {n: n.startswith("buffers/") or size > 1e-12 * largest for n, size in sizes.items()}
+        rows = {n: _random(y, dice) * (told[n] / (sizes[n] + 1e-300)) for n, y in outputs.items()}
         cotangents = [c.unsqueeze(0) for c in rows.values()]
         ((_, pulled),) = pull(list(outputs.values()), list(leaves.values()), lambda _: cotangents, 1)
         seen = sum((g[0] * d).sum() for g, d in zip(pulled, direction.values(), strict=True)).item()
@@ -254,15 +294,6 @@ def _compare(gradient, point: dict, direction: dict, dice) -> tuple[float, _Slop
         return sum((c * outputs[name].detach()).sum() for name, c in rows.items()).item()
 
     return seen, _steady(along, STEPS, TOLERANCE, seen, rounding=1e-9), own
-
-
-def _noisy(gradients: dict[str, Tensor]) -> list[str]:
-    """The parameters whose gradient, in float64, is nothing but rounding beside that of the others."""
-    sizes = {
-        name: y.detach().norm().item() for name, y in gradients.items() if not name.startswith("buffers/")
-    }
-    least = NOISE * max(sizes.values(), default=0.0)
-    return [name for name, size in sizes.items() if 0 < size < least]
 
 
 @dataclass(frozen=True)

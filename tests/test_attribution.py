@@ -158,8 +158,7 @@ def test_a_bias_before_a_normalisation_is_told():
     """Its gradient is rounding noise, which Adam divides by itself: a warning, not silence."""
     run = biased_before_a_normalisation(cases.adam())
     with pytest.warns(UserWarning, match="'0.bias' is rounding noise.*bias in front of a normalisation"):
-        scores = magic.attribute(run, cases.measure_on(*run.data), progress=False)
-    assert scores.health.ok is False
+        magic.attribute(run, cases.measure_on(*run.data), progress=False)
 
 
 def test_without_adam_the_noise_is_harmless_and_the_rest_is_checked():

@@ -234,6 +234,24 @@ def test_what_cannot_be_cut_exactly_is_refused():
         magic.attribute(run, last_losses, progress=False)
 
 
+def test_a_loss_may_ask_the_model_outside_for_shapes():
+    """As a loss does that cuts one vector into parameters; their values stay those of the model given."""
+    torch.manual_seed(0)
+    outer = cases.mlp().double()
+
+    def cut(model, x, y):
+        vector = torch.cat([p.flatten() for p in model.parameters()])
+        pieces = vector.split([p.numel() for p in outer.parameters()])
+        names = [name for name, _ in outer.named_parameters()]
+        values = [piece.view(p.shape) for piece, p in zip(pieces, outer.parameters(), strict=True)]
+        out = torch.func.functional_call(outer, dict(zip(names, values, strict=True)), (x,))
+        return F.cross_entropy(out, y, reduction="none")
+
+    run = magic.Run(outer, cases.sgd()(outer), cases.data(), cut, cases.order())
+    scores = magic.attribute(run, last_losses, progress=False)
+    assert relative_error(run, last_losses, scores) < 1e-8
+
+
 @pytest.mark.parametrize("name", ["average", "distilled"])
 def test_a_copy_of_a_state_is_the_same_state(name):
     run, *_ = build(name)
