@@ -34,8 +34,8 @@ from .state import Cotangent, State
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. But they are a hundred
 # times those that rounding is measured with (`_steady`): nearer to them, an error of the derivative would
-# pass for rounding and excuse itself. The last ones are for arithmetic that is in float32 inside without a cast
-# that `magic.precision` could undo.
+# pass for rounding and excuse itself. The last ones are for arithmetic that is in float32 inside without a
+# cast that `magic.precision` could undo.
 STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DROWNED = 0.05  # the share of a derivative that rounding may make up
