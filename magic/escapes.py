@@ -70,5 +70,5 @@ class Escapes:
         lost = sum(node not in nodes for node in self._stops)
         if not lost:
             return (*self.reasons, *functions)
-        # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number is.
+        # A Function's forward runs under no_grad, so it has some in each step: asked anew if their number is.
         return (*self.reasons, f"{FUNCTION * bool(functions)}{lost} × detach", *functions)
