@@ -34,9 +34,9 @@ from .run import Run
 from .state import Cotangent, State
 
 # Step sizes, small first: a ReLU that flips between the two ends spoils a difference. But they are a hundred
-# times those that rounding is measured with (`_steady`): nearer to them, an error of the derivative would pass
-# for rounding and excuse itself. The last ones are for arithmetic that is in float32 inside without a cast
-# that `magic.precision` could undo.
+# times those that rounding is measured with (`_steady`): nearer to them, an error of the derivative would
+# pass for rounding and excuse itself. The last ones are for arithmetic that is in float32 inside without a
+# cast that `magic.precision` could undo.
 STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3
 DIRECTIONS = 3  # tried before a derivative is called wrong
