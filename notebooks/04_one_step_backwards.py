@@ -568,6 +568,100 @@ print("correlation, output by output:", [f"{value:+.2f}" for value in correlatio
 # gradients along the training, such as TracIn of Pruthi et al. 2020, leave it out as well. They take other first
 # derivatives than we did here, so this is no measurement of theirs.)
 #
+# ## 9 · A loss that holds a part of itself fixed
+#
+# Many losses treat a part of themselves as a constant while the gradient is taken: a **stop-gradient**, `detach` in
+# PyTorch. Two of them. A focal loss (Lin et al. 2017) counts an image the less the better it is read, $(1-p)^2\, \ell$
+# with $p$ the probability of the right class; here the factor is held fixed. A **straight-through estimator** (Bengio et
+# al. 2013) trains weights that are used rounded: the network computes with $\theta + (\mathrm{round}(\theta) -
+# \theta)$, and the bracket is held fixed, so that the gradient is passed to $\theta$ as if nothing had been rounded.
+#
+# Call the fixed part $x$. It is fixed within a step only; at the next step it is computed from the new $\theta$. So the
+# gradient that the step takes, $g(\theta, x(\theta))$, moves with $\theta$ in two ways:
+#
+# $$\frac{dg}{d\theta} = \frac{\partial g}{\partial \theta} + \frac{\partial g}{\partial x}\, \frac{dx}{d\theta} .$$
+#
+# Double backward finds the first term only, for `detach` has cut $x$ off for good. What we need is cut in the first
+# backward pass, the one that *is* training, and whole in the second, which differentiates training:
+
+
+# %%
+class Stop(torch.autograd.Function):
+    """The identity. Its derivative is 0 while gradients are taken, and 1 while these are differentiated."""
+
+    pulling = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent if Stop.pulling else None
+
+
+def focal(theta, x, y, stop):
+    each = losses(theta, x, y)
+    return stop(1 - torch.exp(-each)) ** 2 * each
+
+
+def on_a_grid(theta, x, y, stop):
+    return losses(theta + stop((16 * theta).round() / 16 - theta), x, y)
+
+
+# %% [markdown]
+# For each of the two: the derivative of the first output in the weight of one image, by two real trainings, by an unroll
+# with `detach`, by the same unroll with `Stop`, and by `magic`, which is given a plain `detach`.
+
+
+# %%
+def unroll(objective, stop):
+    Stop.pulling, w = False, weights.clone().requires_grad_()
+    theta, buffer = flat(run.initial.params).requires_grad_(), 0.0
+    for batch in order:
+        total = (w[batch] * objective(theta, x[batch], y[batch], stop)).sum() / len(batch)
+        buffer = mu * buffer + torch.autograd.grad(total, theta, create_graph=True)[0]
+        theta = theta - rate * buffer
+    Stop.pulling = True
+    return torch.autograd.grad(phi(theta)[0], w)[0]
+
+
+def run_with(objective):
+    def loss(model, x, y):
+        return objective(flat(dict(model.named_parameters())), x, y, torch.Tensor.detach)
+
+    return magic.Run(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order)
+
+
+rows = {}
+for name, objective in {"focal loss": focal, "weights on a grid": on_a_grid}.items():
+    stopped = run_with(objective)
+    by_magic = magic.attribute(stopped, measure, at=weights, progress=False).values[0]
+    i, h = by_magic.abs().argmax(), 1e-6
+    changes = torch.zeros(2, len(x), dtype=x.dtype, device=device)
+    changes[:, i] = torch.tensor([h, -h])
+    up, down = (measure(stopped.model(stopped.train(weights + change, progress=False)))[0].item() for change in changes)
+    by_detach, by_stop = unroll(objective, torch.Tensor.detach), unroll(objective, Stop.apply)
+    found = {"unroll, detach": by_detach, "unroll, Stop": by_stop, "magic": by_magic}
+    rows[name] = {"two trainings": (up - down) / (2 * h)} | {way: scores[i].item() for way, scores in found.items()}
+
+# %%
+error = {name: {way: abs(value / row["two trainings"] - 1) for way, value in row.items()} for name, row in rows.items()}
+claim("Stop and magic: what real training does, to six digits", all(e[way] < 1e-6 for e in error.values() for way in ("unroll, Stop", "magic")))
+claim("detach: off by more than 10 % for the focal loss, by more than half on the grid", error["focal loss"]["unroll, detach"] > 0.1 and error["weights on a grid"]["unroll, detach"] > 0.5)
+
+# %% tags=["nbval-ignore-output"]
+pd.DataFrame(rows).T.round(6)
+
+# %% [markdown]
+# On the grid the truth is simple. Between its jumps, rounding does not move with $\theta$, so neither does the
+# gradient: $H = 0$, and what section 8 left out is not there. Autograd puts in the Hessian of a network
+# whose weights are not rounded, which is not the network that was trained.
+#
+# `magic` puts such a stop in the place of `detach`, of `.data` and of what is computed under `no_grad`. In a measure it
+# cuts nothing, since retraining moves what is measured along every path. A number that leaves PyTorch, by `.item()` or
+# through NumPy, has no derivative to be had; if it matters, `magic` refuses the run.
+#
 # ## What we ignored
 #
 # - **Buffers of the model.** BatchNorm's running statistics are part of the state, too, and a cotangent goes through
@@ -594,5 +688,9 @@ print("correlation, output by output:", [f"{value:+.2f}" for value in correlatio
 #    Are the numbers the same? Which is faster, for $K = 1$ and for $K = 4$?
 #    <details><summary>Hint</summary>Let the differentiated function return the losses as well:
 #    <code>torch.func.grad(…, has_aux=True)</code>. The tangent of the losses is what you want.</details>
+# 4. ●● (15 min) In section 9, let the two trainings lie further apart: $h = 10^{-3}$. What becomes of their difference on
+#    the grid, and is the derivative wrong?
+#    <details><summary>Hint</summary>Count the rounded weights that differ between the two. A derivative knows
+#    the slope between the jumps, and nothing of how high they are.</details>
 #
 # **Next:** [05 · Remember, forget, replay](05_remember_forget_replay.ipynb).
