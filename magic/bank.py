@@ -192,10 +192,8 @@ class Bank:
     def frame(self):
         """A DataFrame with a row for each training and target: how many were removed, and the output."""
         pd = needs("pandas", "notebooks")
-        self.rows()  # raises for a damaged row
         with self._open() as file:
-            query = "SELECT key, weights, outputs, about FROM outputs JOIN banks USING (key) WHERE key = ?"
-            return _frame(pd, file, query + " ORDER BY outputs.rowid", self.key)
+            return _frame(pd, self.path, file, "WHERE key = ?", self.key)
 
     def adopt(self, check: int = 2, tolerance: float = 1e-2) -> int:
         """Take over rows that another machine computed for this run, by name and sizes; returns how many.
@@ -254,19 +252,28 @@ class Bank:
 
 
 def frame(path: str | os.PathLike):
-    """The DataFrame of all banks in a file, for someone who has the file only."""
+    """The DataFrame of all banks in a file, for someone who has the file only.
+
+    Raises ValueError for a damaged row.
+    """
     pd = needs("pandas", "notebooks")
     with opened(path) as file:
-        query = "SELECT key, weights, outputs, about FROM outputs JOIN banks USING (key)"
-        return _frame(pd, file, query + " ORDER BY outputs.rowid")
+        return _frame(pd, path, file)
 
 
-def _frame(pd, file: sqlite3.Connection, query: str, *arguments):
+def _frame(pd, path, file: sqlite3.Connection, where: str = "", *arguments):
+    names = ", ".join(f"outputs.{name}" for name in COLUMNS.split(", "))
+    query = f"SELECT {names}, about FROM outputs JOIN banks USING (key) {where} ORDER BY outputs.rowid"
     rows = []
-    for training, (bank, weights, blob, about) in enumerate(file.execute(query, arguments)):
-        removed = int((_unpack(weights, json.loads(about)["n"]) == 0).sum())
-        for target, output in enumerate(np.frombuffer(blob, "<f8")):
-            rows.append((bank, training, removed, target, output))
+    for training, (*row, about) in enumerate(file.execute(query, arguments)):
+        sizes = json.loads(about)
+        if why := _damage(tuple(row), sizes["n"], sizes["targets"]):
+            raise ValueError(
+                f"{path}: row {row[0]} is damaged: {why}. Bank(path, run, measure).repair() removes it"
+            )
+        removed = int((_unpack(row[3], sizes["n"]) == 0).sum())
+        for target, output in enumerate(np.frombuffer(row[4], "<f8")):
+            rows.append((row[1], training, removed, target, output))
     return pd.DataFrame(rows, columns=["bank", "training", "removed", "target", "output"])
 
 

@@ -342,6 +342,8 @@ def test_a_damaged_row(tmp_path, column, change):
         counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
     with pytest.raises(ValueError, match="row 2 is damaged"):
         kept.frame()
+    with pytest.raises(ValueError, match="row 2 is damaged"):
+        bank.frame(kept.path)
     assert kept.repair() == 1 and len(kept) == 2
     again = counterfactual.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
     assert torch.equal(again[1], retraining.retrained(run, measure, weights[1])) and len(kept) == 3
