@@ -125,39 +125,81 @@ def check_measure(
     run in it, in the run's own precision. Returns the relative difference found, or None, with a warning,
     where no finite difference is steady, or where float32 holds no more of the derivative than noise.
     """
-    if run.dtype != torch.float64:
-        try:
-            shadow, exact = _shadow(run), state.map(_double)
-            with determinism.alone(), InDouble():
-                pulled = measure_vjp(shadow, exact, measure, targets, chunk=1)
-                found = _check_measure(shadow, exact, measure, pulled, targets)
-        except NotDifferentiable:
-            raise
-        except Exception:  # it may insist on float32
-            return _check_measure(run, state, measure, cotangent, targets)
-        return None if _drowned(cotangent, pulled, targets.start if targets else 0) else found
-    with InDouble():
-        return _check_measure(run, state, measure, cotangent, targets)
+    if run.dtype == torch.float64:
+        with InDouble():
+            return _check_measure(run, state, measure, cotangent, targets, double=True)
+    first = targets.start if targets else 0
+    try:
+        with determinism.alone(), InDouble():
+            found, least, lone = _measure_in_double(run, state, measure, cotangent, targets)
+    except NotDifferentiable:
+        raise
+    except Exception:  # it may insist on float32, or have other derivatives in it
+        return _check_measure(run, state, measure, cotangent, targets, double=False)
+    return None if _drowned(cotangent, lone, least, first) else found
 
 
-def _drowned(cotangent: Cotangent, exact: Cotangent, first: int) -> bool:
-    """Warn, and say so, if rounding makes up much of the derivative of an output, from number `first` on."""
-    here = torch.cat([x.double().flatten(1) for x in cotangent.params.values()], 1)
-    true = torch.cat([x.flatten(1) for x in exact.params.values()], 1)
-    off, target = ((here - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-300)).max(0)
+def _measure_in_double(run: Run, state: State, measure, cotangent: Cotangent, targets: slice | None):
+    """The relative difference found in float64; the output nearest to 0, and its derivative in float64.
+
+    One number is differentiated, the outputs added up with random factors, so that K derivatives in
+    float64 need no room.
+    """
+    exact = State(
+        {name: _double(p) for name, p in state.params.items()},
+        {name: _double(b) for name, b in state.buffers.items()},
+        {name: {} for name in state.params},
+        state.step,
+        moved=state.moved,
+    )
+    some = targets or slice(None)
+    with torch.no_grad():
+        outputs = run.measured(measure, exact.params, exact.buffers)[some]
+    rows, least = _random(outputs, torch.Generator().manual_seed(1)), outputs.abs().argmin().item()
+
+    def together(model) -> Tensor:
+        return (rows * measure(model)[some]).sum().reshape(1)
+
+    def lone(model) -> Tensor:
+        return measure(model)[some][least].reshape(1)
+
+    pulled = measure_vjp(run, exact, together, chunk=1)
+    if not _alike(rows, cotangent, pulled):
+        raise ArithmeticError("to be judged in the run's own precision, with its rounding")
+    found = _check_measure(run, exact, together, pulled, None, double=True)
+    del pulled
+    return found, least, measure_vjp(run, exact, lone, chunk=1)
+
+
+def _alike(rows: Tensor, cotangent: Cotangent, exact: Cotangent) -> bool:
+    """Whether K derivatives in the run's precision add up to the one in float64, to a tenth."""
+    far = size = 0.0
+    for name, x in exact.params.items():
+        found = torch.tensordot(rows, cotangent.params[name].double(), 1)
+        far, size = far + (found - x[0]).square().sum().item(), size + x.square().sum().item()
+    return far <= 0.01 * size
+
+
+def _drowned(cotangent: Cotangent, exact: Cotangent, least: int, first: int) -> bool:
+    """Warn, and say so, if rounding makes up much of the derivative of the output that is nearest to 0."""
+    pairs = [(x.double()[least], exact.params[name][0]) for name, x in cotangent.params.items()]
+    far, size = sum((x - y).square().sum() for x, y in pairs), sum(y.square().sum() for _, y in pairs)
+    off = (far / size.clamp_min(1e-300)).sqrt().item()
     if off > DROWNED:
         _warn(
-            f"in the run's precision {off.item():.0%} of the derivative of output {first + target.item()} of "
-            "measure is rounding: it is nearly 0, as the loss of an example is that is predicted well. "
-            "Measure a logit or a margin, or train in float64"
+            f"in the run's precision {off:.0%} of the derivative of output {first + least} of measure is "
+            "rounding: it is nearly 0, as the loss of an example is that is predicted well. Measure a logit "
+            "or a margin, or train in float64"
         )
-    return bool(off > DROWNED)
+    return off > DROWNED
 
 
-def _check_measure(run: Run, state: State, measure, cotangent, targets: slice | None) -> float | None:
+def _check_measure(
+    run: Run, state: State, measure, cotangent, targets: slice | None, double: bool
+) -> float | None:
     dice, right, wrong = torch.Generator().manual_seed(0), [], []
     for _ in range(DIRECTIONS):
-        seen, slope, moves = _compare_measure(run, state, measure, cotangent, targets, dice)
+        seen, slope, moves = _compare_measure(run, state, measure, cotangent, targets, dice, double)
         if not moves:
             raise NotDifferentiable(
                 "measure does not move with the model that it is given; it must call its argument, not a "
@@ -245,7 +287,7 @@ def _rounding(traced: Traced) -> float:
     return torch.finfo(torch.float32 if casts else grads[0].dtype).eps
 
 
-def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice | None, dice):
+def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice | None, dice, double: bool):
     """The derivative along a random direction, by the cotangent and by differences; whether it moves."""
     point = state.params | {name: state.buffers[name] for name in cotangent.buffers}
     pulled = cotangent.params | cotangent.buffers
@@ -261,7 +303,6 @@ def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice 
             outputs = run.measured(measure, params, {k: moved.get(k, b) for k, b in state.buffers.items()})
         return (rows.double() * outputs[targets or slice(None)].double()).sum().item()
 
-    double = run.dtype == torch.float64
     steps, tolerance = ((1e-6, 1e-4), 1e-3) if double else ((3e-4, 3e-3, 3e-2), 2e-2)
     slope = _steady(along, steps, tolerance, seen, rounding=1e-9 if double else 1e-6)
     moves = seen != 0 or slope is None or slope.value != 0 or along(0.5) != along(-0.5)

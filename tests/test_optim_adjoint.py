@@ -24,7 +24,9 @@ ADAM = [
 
 @pytest.mark.parametrize("updates", [0, 1, 3])
 @pytest.mark.parametrize(
-    "rule, hyper", [(optim.sgd, h) for h in SGD] + [(optim.adam, h) for h in ADAM], ids=str
+    "rule, hyper",
+    [(optim.sgd, h) for h in SGD] + [(optim.adam, h) for h in ADAM],
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_against_autograd_of_the_rule(rule, hyper, updates):
     dice = torch.Generator().manual_seed(updates)
