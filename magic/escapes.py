@@ -28,9 +28,9 @@ OF_ITS_SHAPE = {
 class Escapes:
     """What was noted while a loss was computed; `open` until its gradient is taken."""
 
-    def __init__(self):
+    def __init__(self, open: bool = True):
         self.reasons: dict[str, bool] = {}
-        self.open = True
+        self.open = open
         self._stops, self._seen = [], []
 
     def note(self, func: Callable) -> None:
@@ -57,7 +57,11 @@ class Escapes:
             return out
 
     def found(self, ends: Iterable[Tensor]) -> tuple[str, ...]:
-        """The reasons to look at a step whose loss and buffers are `ends`."""
+        """The reasons to look at a step whose loss and buffers are `ends`. Asked once.
+
+        The nodes are let go here: some of the graph's nodes lead back to this object, and a circle that
+        goes through autograd is never freed.
+        """
         own, nodes = torch.autograd.function.BackwardCFunction, {}
         todo = [*(x.grad_fn for x in ends), *self._seen]
         while todo:
@@ -68,6 +72,7 @@ class Escapes:
         names = sorted({node.name() for node in nodes if isinstance(node, own)})
         functions = [FUNCTION + name for name in names if not name.startswith("_")]
         lost = sum(node not in nodes for node in self._stops)
+        self._stops, self._seen = [], []
         if not lost:
             return (*self.reasons, *functions)
         # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number

@@ -56,6 +56,20 @@ class _Stop(torch.autograd.Function):
         return (g if ctx.stops.pulling else None), None
 
 
+def _copying(storages: set[int]) -> saved_tensors_hooks:
+    """Where a graph keeps a tensor in one of these storages, it keeps a copy.
+
+    The graph puts the history back when it takes a tensor out. Were it packed with the history, an output
+    of an operation would hold the operation that holds it, and neither would ever be freed.
+    """
+
+    def pack(x: Tensor) -> Tensor:
+        alone = x.detach()
+        return alone.clone() if x.untyped_storage()._cdata in storages else alone
+
+    return saved_tensors_hooks(pack, lambda x: x)
+
+
 class Stops(TorchFunctionMode):
     """Inside `with Stops(...)`, what autograd would cut off stays in the graph.
 
@@ -71,7 +85,7 @@ class Stops(TorchFunctionMode):
     def __init__(self, cuts: bool, buffers=()):
         super().__init__()
         self.cuts, self.pulling, self.stopped, self.inner = cuts, False, False, 0
-        self.escapes = Escapes()
+        self.escapes = Escapes(open=cuts)
         self._written = {b.untyped_storage()._cdata for b in buffers}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -104,7 +118,7 @@ class Stops(TorchFunctionMode):
             return self._gumbel(func, *args, **kwargs)
         run = functools.partial(self._shown if torch.is_grad_enabled() else self._under_no_grad, func)
         if self._written and self._reads_a_buffer((args, kwargs)):
-            with saved_tensors_hooks(lambda x: x.clone() if self._is_buffer(x) else x, lambda x: x):
+            with _copying(self._written):
                 return run(*args, **kwargs)
         return run(*args, **kwargs)
 
