@@ -633,6 +633,7 @@ def run_with(objective):
     return magic.Run(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order)
 
 
+# %%
 rows = {}
 for name, objective in {"focal loss": focal, "weights on a grid": on_a_grid}.items():
     stopped = run_with(objective)
