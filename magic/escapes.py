@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+from .inputs import graph_nodes
+
 FUNCTION = "the autograd Function "  # a reason that is checked once for each Function
 # They take from a tensor only its shape and its type.
 OF_ITS_SHAPE = {
@@ -62,13 +64,7 @@ class Escapes:
         The nodes are let go here: some of the graph's nodes lead back to this object, and a circle that
         goes through autograd is never freed.
         """
-        own, nodes = torch.autograd.function.BackwardCFunction, {}
-        todo = [*(x.grad_fn for x in ends), *self._seen]
-        while todo:
-            node = todo.pop()
-            if node is not None and node not in nodes:
-                nodes[node] = True
-                todo += [parent for parent, _ in node.next_functions]
+        own, nodes = torch.autograd.function.BackwardCFunction, set(graph_nodes([*ends, *self._seen]))
         names = sorted({node.name() for node in nodes if isinstance(node, own)})
         functions = [FUNCTION + name for name in names if not name.startswith("_")]
         lost = sum(node not in nodes for node in self._stops)

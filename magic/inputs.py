@@ -369,9 +369,9 @@ def check_indices(indices: Iterable[int], n: int) -> Tensor:
     return given.to(torch.int64)
 
 
-def graph_nodes(tensors: list[Tensor]) -> list:
-    """Every node of the autograd graphs that these tensors are the ends of."""
-    nodes, todo = {}, [x.grad_fn for x in tensors]
+def graph_nodes(ends: Iterable) -> list:
+    """Every node of the autograd graphs that end in these tensors or nodes."""
+    nodes, todo = {}, [x.grad_fn if isinstance(x, Tensor) else x for x in ends]
     while todo:
         node = todo.pop()
         if node is not None and node not in nodes:

@@ -93,7 +93,8 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
     Of the batch, the first few examples; their number does not matter to what is checked.
     """
     t = state.step
-    shadow = _shadow(run)
+    shadow = copy.copy(run)
+    shadow._adopt(clean_copy(run._model).double())
     shadow.data = each(lambda x: _double(x[:examples]), run.batch(t))
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: _double(b) for name, b in state.buffers.items()}
@@ -125,21 +126,45 @@ def check_measure(
     run in it, in the run's own precision. Returns the relative difference found, or None, with a warning,
     where no finite difference is steady, or where float32 holds no more of the derivative than noise.
     """
+    some = targets or slice(None)
+    _check_together(run, state, measure, cotangent, some)
     if run.dtype == torch.float64:
         with InDouble():
-            return _check_measure(run, state, measure, cotangent, targets, double=True)
-    first = targets.start if targets else 0
+            return _check_measure(run, state, measure, cotangent, some, double=True)
     try:
         with determinism.alone(), InDouble():
-            found, least, lone = _measure_in_double(run, state, measure, cotangent, targets)
+            found, least, lone = _measure_in_double(run, state, measure, some)
     except NotDifferentiable:
         raise
-    except Exception:  # it may insist on float32, or have other derivatives in it
-        return _check_measure(run, state, measure, cotangent, targets, double=False)
-    return None if _drowned(cotangent, lone, least, first) else found
+    except Exception:  # it may insist on float32
+        return _check_measure(run, state, measure, cotangent, some, double=False)
+    return None if _drowned(cotangent, lone, least, some.start or 0) else found
 
 
-def _measure_in_double(run: Run, state: State, measure, cotangent: Cotangent, targets: slice | None):
+def _added(measure, some: slice, rows: Tensor):
+    """The outputs in `some`, added up with the factors `rows`: a measure of one number."""
+    return lambda model: (rows * measure(model)[some]).sum().reshape(1)
+
+
+def _check_together(run: Run, state: State, measure, cotangent: Cotangent, some: slice) -> None:
+    """Raise NotDifferentiable unless K derivatives taken together add up to that of the sum.
+
+    Both are made from one forward pass, so what rounding did there does not matter.
+    """
+    rows = _random(next(iter(cotangent.params.values())).flatten(1)[:, 0], torch.Generator().manual_seed(1))
+    alone, found = measure_vjp(run, state, _added(measure, some, rows), chunk=1), cotangent.flatten()
+    pairs = {k: (x[0], torch.tensordot(rows, found[k], 1)) for k, x in alone.flatten().items()}
+    largest = max((x.norm().item() for x, _ in pairs.values()), default=0.0)
+    for name, (x, y) in pairs.items():
+        if not (x - y).norm().item() <= TOLERANCE * (x.norm().item() + TOLERANCE * largest):
+            raise NotDifferentiable(
+                f"measure: the derivatives of {len(rows)} outputs in {name}, taken together, do not add up "
+                "to that of their sum. An operation in it has a wrong batched derivative in PyTorch: measure "
+                "one output at a time, or write the operation out"
+            )
+
+
+def _measure_in_double(run: Run, state: State, measure, some: slice) -> tuple:
     """The relative difference found in float64; the output nearest to 0, and its derivative in float64.
 
     One number is differentiated, the outputs added up with random factors, so that K derivatives in
@@ -152,32 +177,15 @@ def _measure_in_double(run: Run, state: State, measure, cotangent: Cotangent, ta
         state.step,
         moved=state.moved,
     )
-    some = targets or slice(None)
     with torch.no_grad():
         outputs = run.measured(measure, exact.params, exact.buffers)[some]
-    rows, least = _random(outputs, torch.Generator().manual_seed(1)), outputs.abs().argmin().item()
-
-    def together(model) -> Tensor:
-        return (rows * measure(model)[some]).sum().reshape(1)
-
-    def lone(model) -> Tensor:
-        return measure(model)[some][least].reshape(1)
-
-    pulled = measure_vjp(run, exact, together, chunk=1)
-    if not _alike(rows, cotangent, pulled):
-        raise ArithmeticError("to be judged in the run's own precision, with its rounding")
-    found = _check_measure(run, exact, together, pulled, None, double=True)
+    together = _added(measure, some, _random(outputs, torch.Generator().manual_seed(1)))
+    pulled, every = measure_vjp(run, exact, together, chunk=1), slice(None)
+    found = _check_measure(run, exact, together, pulled, every, double=True)
     del pulled
+    least = outputs.abs().argmin().item()
+    lone = _added(measure, some, torch.eye(len(outputs), dtype=outputs.dtype)[least].to(outputs.device))
     return found, least, measure_vjp(run, exact, lone, chunk=1)
-
-
-def _alike(rows: Tensor, cotangent: Cotangent, exact: Cotangent) -> bool:
-    """Whether K derivatives in the run's precision add up to the one in float64, to a tenth."""
-    far = size = 0.0
-    for name, x in exact.params.items():
-        found = torch.tensordot(rows, cotangent.params[name].double(), 1)
-        far, size = far + (found - x[0]).square().sum().item(), size + x.square().sum().item()
-    return far <= 0.01 * size
 
 
 def _drowned(cotangent: Cotangent, exact: Cotangent, least: int, first: int) -> bool:
@@ -194,12 +202,10 @@ def _drowned(cotangent: Cotangent, exact: Cotangent, least: int, first: int) -> 
     return off > DROWNED
 
 
-def _check_measure(
-    run: Run, state: State, measure, cotangent, targets: slice | None, double: bool
-) -> float | None:
+def _check_measure(run: Run, state: State, measure, cotangent, some: slice, double: bool) -> float | None:
     dice, right, wrong = torch.Generator().manual_seed(0), [], []
     for _ in range(DIRECTIONS):
-        seen, slope, moves = _compare_measure(run, state, measure, cotangent, targets, dice, double)
+        seen, slope, moves = _compare_measure(run, state, measure, cotangent, some, dice, double)
         if not moves:
             raise NotDifferentiable(
                 "measure does not move with the model that it is given; it must call its argument, not a "
@@ -287,7 +293,7 @@ def _rounding(traced: Traced) -> float:
     return torch.finfo(torch.float32 if casts else grads[0].dtype).eps
 
 
-def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice | None, dice, double: bool):
+def _compare_measure(run: Run, state: State, measure, cotangent, some: slice, dice, double: bool):
     """The derivative along a random direction, by the cotangent and by differences; whether it moves."""
     point = state.params | {name: state.buffers[name] for name in cotangent.buffers}
     pulled = cotangent.params | cotangent.buffers
@@ -301,7 +307,7 @@ def _compare_measure(run: Run, state: State, measure, cotangent, targets: slice 
         params = {name: moved[name] for name in state.params}
         with torch.no_grad():
             outputs = run.measured(measure, params, {k: moved.get(k, b) for k, b in state.buffers.items()})
-        return (rows.double() * outputs[targets or slice(None)].double()).sum().item()
+        return (rows.double() * outputs[some].double()).sum().item()
 
     steps, tolerance = ((1e-6, 1e-4), 1e-3) if double else ((3e-4, 3e-3, 3e-2), 2e-2)
     slope = _steady(along, steps, tolerance, seen, rounding=1e-9 if double else 1e-6)
@@ -373,14 +379,6 @@ def _steady(along, steps: tuple[float, ...], tolerance: float, seen: float, roun
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=dice, dtype=x.dtype, device="cpu").to(x.device)
-
-
-def _shadow(run: Run) -> Run:
-    """The run with its model in float64."""
-    shadow = copy.copy(run)
-    shadow._adopt(clean_copy(run._model).double())
-    shadow.dtype = torch.float64
-    return shadow
 
 
 def _double(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import magic
+from magic.adjoint import measure_vjp
+from magic.witness import check_measure
 
 from . import cases
 
@@ -70,3 +72,16 @@ def test_a_way_out_of_pytorch_is_found_in_any_precision(out):
 
         with pytest.raises(magic.NotDifferentiable, match="measure"):
             magic.attribute(run, measure, progress=False)
+
+
+def test_a_cotangent_that_is_off_is_refused():
+    """As PyTorch's batched derivative of an operation may be, where that of one output is right."""
+    run, measure = trained(4)
+    final = run.train(progress=False)
+    right = measure_vjp(run, final, measure)
+    assert check_measure(run, final, measure, right) < 1e-5
+    for name in right.params:
+        wrong = right.map(torch.clone)
+        wrong.params[name][1] *= 1.1
+        with pytest.raises(magic.NotDifferentiable, match="do not add up to that of their sum"):
+            check_measure(run, final, measure, wrong)

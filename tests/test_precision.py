@@ -40,25 +40,22 @@ class CutTwice(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return scale * g - x * scale**3 * (g * x).mean(-1, keepdim=True)
+        return pulled(g, *ctx.saved_tensors)
 
 
-class HalfSlope(torch.autograd.Function):
+class HalfSlope(CutTwice):
     """x / rms(x), whose second derivative is one half of what it should be."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        x = 0.5 * (x + x.detach())
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return scale * g - x * scale**3 * (g * x).mean(-1, keepdim=True)
+        return pulled(g, 0.5 * (x + x.detach()))
+
+
+def pulled(g, x):
+    """The pullback of x / rms(x)."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return scale * g - x * scale**3 * (g * x).mean(-1, keepdim=True)
 
 
 def build(norm, dtype=torch.float64):

@@ -14,8 +14,8 @@ import magic
 
 PACKAGE = Path(magic.__file__).parent
 ORDER = [
-    "orders", "rewritten", "escapes", "checkpointing", "determinism", "show", "memory", "bytecode",
-    "content", "identity", "inputs", "order", "state", "record", "finite", "optim", "trial",
+    "orders", "rewritten", "checkpointing", "determinism", "show", "memory", "bytecode", "content",
+    "identity", "inputs", "escapes", "order", "state", "record", "finite", "optim", "trial",
     "normalisation", "equivalents", "stopgradients", "precision", "run", "optim_adjoint", "adjoint",
     "witness", "schedule", "costs", "timeline", "files", "store", "footprint", "tryout", "planning",
     "health", "directory", "replay", "subsets", "where", "attribution", "retraining", "bank",
