@@ -151,7 +151,7 @@ def _check_together(run: Run, state: State, measure, cotangent: Cotangent, some:
 
     Both are made from one forward pass, so what rounding did there does not matter.
     """
-    rows = _random(next(iter(cotangent.params.values())).flatten(1)[:, 0], torch.Generator().manual_seed(1))
+    rows = _factors(cotangent, torch.Generator().manual_seed(1))
     alone, found = measure_vjp(run, state, _added(measure, some, rows), chunk=1), cotangent.flatten()
     pairs = {k: (x[0], torch.tensordot(rows, found[k], 1)) for k, x in alone.flatten().items()}
     largest = max((x.norm().item() for x, _ in pairs.values()), default=0.0)
@@ -297,8 +297,7 @@ def _compare_measure(run: Run, state: State, measure, cotangent, some: slice, di
     """The derivative along a random direction, by the cotangent and by differences; whether it moves."""
     point = state.params | {name: state.buffers[name] for name in cotangent.buffers}
     pulled = cotangent.params | cotangent.buffers
-    first = next(iter(pulled.values()))
-    rows = _random(first.reshape(len(first), -1)[:, 0], dice)  # (K,)
+    rows = _factors(cotangent, dice)
     direction = {name: _random(x, dice) * x for name, x in point.items()}
     seen = sum((torch.tensordot(rows, pulled[name], 1) * d).sum().item() for name, d in direction.items())
 
@@ -375,6 +374,11 @@ def _steady(along, steps: tuple[float, ...], tolerance: float, seen: float, roun
         ):
             return _Slope(near, doubt, tolerance)
     return None
+
+
+def _factors(cotangent: Cotangent, dice: torch.Generator) -> Tensor:
+    """(K,): a random factor for each target."""
+    return _random(next(iter(cotangent.params.values())).new_empty(cotangent.targets), dice)
 
 
 def _random(x: Tensor, dice: torch.Generator) -> Tensor:

@@ -85,3 +85,21 @@ def test_a_cotangent_that_is_off_is_refused():
         wrong.params[name][1] *= 1.1
         with pytest.raises(magic.NotDifferentiable, match="do not add up to that of their sum"):
             check_measure(run, final, measure, wrong)
+
+
+@pytest.mark.parametrize("shape", [(), (0,)])
+def test_the_first_parameter_may_have_any_shape(shape):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.ones(shape)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(x) * (self.scale.sum() + (self.scale.numel() == 0))
+
+    torch.manual_seed(0)
+    model, (x, y) = Scaled().double(), cases.data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = magic.Run(model, optimizer, (x, y), cases.loss, cases.order())
+    scores = magic.attribute(run, cases.measure_on(x, y), progress=False)
+    assert scores.values.abs().max() > 0 and scores.health.witnessed[run.steps] < 1e-6
