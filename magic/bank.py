@@ -330,7 +330,8 @@ def opened(path: str | os.PathLike) -> Iterator[sqlite3.Connection]:
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise TimeoutError(f"{path} is locked by another program for more than {PATIENCE:g} s") from error
-        raise OSError(f"{path} cannot be used as a bank: {error}") from error
+        out = ". The rows that it holds are whole: make room, and call again" if "full" in str(error) else ""
+        raise OSError(f"{path} cannot be used as a bank: {error}{out}") from error
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is not a bank: {error}. Give another file") from error
 

@@ -34,18 +34,28 @@ def _new(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file beside `path` to write into, which takes that name on the disk when the block is done."""
-    path = Path(path)
-    part = _new(path.parent)
+    """A new file beside `path` to write into, which takes that name on the disk when the block is done.
+
+    Raises OSError, with the way out, where it cannot be written.
+    """
+    path, part = Path(path), None
     try:
+        part = _new(path.parent)
         yield part
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        what, out = "What is there already is whole", "make room, or give another folder, and call again"
+        if not path.parent.exists():
+            what, out = "There is no such folder, or not any more", "make it, and call again"
+        where = f"{path.name} could not be written into {path.parent}"
+        raise OSError(f"{where} ({error}). {what}: {out}") from error
 
 
 def _sync(path: Path) -> None:
@@ -57,21 +67,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """An error of writing `path`, told with the way out."""
-    try:
-        yield
-    except Exception as error:
-        out = "make room, or give another folder, and call again"
-        whole = "What is there already is whole: "
-        if not path.parent.exists():
-            whole, out = "The folder is gone: ", "it was removed during the work; call again"
-        raise OSError(
-            f"{path.name} could not be written into {path.parent} ({error}). {whole}{out}"
-        ) from error
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
@@ -86,7 +81,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     meta = meta | {"order": list(tensors), "on_cpu": on_cpu, "strides": strides}
     meta["fingerprint"] = _bits(tensors, meta)
     library = _safetensors()
-    with _told(path), replacing(path) as part:
+    with replacing(path) as part:
         library.torch.save_file(
             {k: x.contiguous() for k, x in tensors.items()}, part, {"magic": json.dumps(meta)}
         )
@@ -100,7 +95,7 @@ def _bits(tensors: dict[str, torch.Tensor], meta: dict) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a value that JSON knows, whole or not at all."""
-    with _told(path), replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

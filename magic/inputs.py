@@ -33,6 +33,11 @@ def check_model(model: nn.Module) -> None:
                 f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
                 "pass the original module (compiled._orig_mod)"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module {name!r} is scripted: TorchScript rounds differently once it has optimised "
+                "a function, and what it detaches cannot be seen; pass the module before torch.jit.script"
+            )
         _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
         _check_old_style(name, module)
     _check_hooks(

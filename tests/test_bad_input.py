@@ -203,6 +203,12 @@ def test_a_compiled_model():
         run_with(nn.Sequential(Compiled(cases.mlp())).double())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_a_scripted_model():
+    with pytest.raises(TypeError, match=r"module '0' is scripted.* before torch.jit.script"):
+        run_with(nn.Sequential(torch.jit.script(cases.mlp())).double())
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -405,7 +405,7 @@ def test_a_folder_removed_in_mid_run(tmp_path, monkeypatch):
         return step(state, *rest)
 
     run.step = removing
-    with pytest.raises(OSError, match="The folder is gone: it was removed during the work; call again"):
+    with pytest.raises(OSError, match="There is no such folder, or not any more: make it, and call again"):
         magic.train(run, disk=tmp_path / "folder", progress=False)
     assert not (tmp_path / "folder").exists()
 

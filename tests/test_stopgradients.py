@@ -234,6 +234,30 @@ def test_what_cannot_be_cut_exactly_is_refused():
         magic.attribute(run, last_losses, progress=False)
 
 
+def focal_of_logits(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(z, y, reduction="none")
+    return (1 - torch.exp(-losses)).detach() ** 2 * losses
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("way", ["script", "vmap"])
+def test_what_is_cut_out_of_sight_is_found_by_the_witness(way):
+    """No mode of PyTorch's is told of what TorchScript runs, and inside vmap a graph cannot be kept whole."""
+    scripted = torch.jit.script(focal_of_logits)
+
+    def each(z, y):
+        return focal_of_logits(z.unsqueeze(0), y.unsqueeze(0))[0]
+
+    def loss(model, x, y):
+        return scripted(model(x), y) if way == "script" else torch.func.vmap(each)(model(x), y)
+
+    torch.manual_seed(0)
+    model = cases.mlp().double()
+    run = magic.Run(model, cases.sgd()(model), cases.data(), loss, cases.order())
+    with pytest.raises(magic.NotDifferentiable, match="a finite difference gives"):
+        magic.attribute(run, last_losses, progress=False)
+
+
 def test_a_loss_may_ask_the_model_outside_for_shapes():
     """As a loss does that cuts one vector into parameters; their values stay those of the model given."""
     torch.manual_seed(0)

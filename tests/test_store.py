@@ -200,6 +200,43 @@ def test_a_disk_that_is_full_in_mid_run(tmp_path, request):
     assert state.fingerprint() == run.train(progress=False).fingerprint()
 
 
+FULL_LATER = """
+import resource, signal, sys, torch, magic
+from tests import cases
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+torch.set_num_threads(1)
+run, *_ = cases.build("sgd-momentum")
+scores = magic.attribute(run, cases.measure_on(*run.data), progress=False)
+bank, sets = magic.Bank(sys.argv[1] + "/bank.sqlite", run, cases.measure_on(*run.data)), torch.rand(9, run.n)
+magic.counterfactual.outputs(bank.run, bank.measure, sets[:2], bank=bank, progress=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+for write in (
+    lambda: scores.save(sys.argv[1] + "/scores.npz"),
+    lambda: magic.counterfactual.outputs(bank.run, bank.measure, sets, bank=bank, progress=False),
+):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(len(bank), "rows")
+"""
+
+
+def test_scores_and_banks_on_a_full_disk(tmp_path, request):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_LATER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=request.config.rootpath,
+    )
+    scores, bank, rows = done.stdout.splitlines()
+    assert "scores.npz could not be written" in scores and "make room" in scores
+    assert "cannot be used as a bank" in bank
+    assert rows == "2 rows"
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.sqlite"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     run, *_ = cases.build("sgd-momentum")
