@@ -6,24 +6,28 @@ scores.removal_effect([42])                     # predicted change of each measu
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 """
 
-from . import baselines, best_linear, determinism, schedule, smoothness, subsets, where
-from .adjoint import NotDifferentiable
+from . import _moved, points, subsets
 from .attribution import Attribution, attribute
-from .bank import Bank
-from .best_linear import Optimality, optimality
-from .determinism import NotDeterministic, fingerprint
-from .finite import NonFinite
-from .health import Health, Verification
-from .judgement import Comparison, compare, lds, leave_one_out
-from .order import batches
-from .planning import Plan, plan
-from .record import ReplayMismatch
-from .replay import train
-from .retraining import retrain
-from .run import Run
-from .second_order import Curvature, curvature
-from .state import State
-from .verification import verify
+from .engine import schedule
+from .engine.adjoint import NotDifferentiable
+from .engine.health import Health, Verification
+from .engine.planning import Plan, plan
+from .engine.replay import train
+from .evidence import baselines, smoothness
+from .evidence.bank import Bank
+from .evidence.comparison import Comparison, compare, lds, leave_one_out
+from .evidence.curvature import Curvature, curvature
+from .evidence.optimality import Optimality, optimality
+from .evidence.outputs import outputs
+from .evidence.retraining import retrain
+from .evidence.verification import verify
+from .training import determinism
+from .training.determinism import NotDeterministic, fingerprint
+from .training.finite import NonFinite
+from .training.order import batches
+from .training.record import ReplayMismatch
+from .training.run import Run
+from .training.state import State
 
 __all__ = [
     "Attribution",
@@ -43,7 +47,6 @@ __all__ = [
     "attribute",
     "baselines",
     "batches",
-    "best_linear",
     "compare",
     "curvature",
     "determinism",
@@ -51,12 +54,16 @@ __all__ = [
     "lds",
     "leave_one_out",
     "optimality",
+    "outputs",
     "plan",
+    "points",
     "retrain",
     "schedule",
     "smoothness",
     "subsets",
     "train",
     "verify",
-    "where",
 ]
+
+__getattr__ = _moved.attribute
+_moved.install()

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import determinism, identity
-from .files import replacing
-from .health import Health, Verification
-from .inputs import check_indices
-from .planning import Plan
-from .planning import plan as settle
-from .replay import Replay, measured_outputs, metagradient, try_measure
-from .run import Run
+from .engine.files import replacing
+from .engine.health import Health, Verification
+from .engine.planning import Plan
+from .engine.planning import plan as settle
+from .engine.replay import Replay, measured_outputs, metagradient, try_measure
+from .identity import fingerprints, parts
+from .points import Where, describe
+from .points import settle as settle_where
 from .show import Table
-from .where import Where, describe
-from .where import settle as settle_where
+from .training.arguments import check_indices
+from .training.run import Run
 
 JUDGED = {"health": Health, "verification": Verification}  # how far the numbers can be trusted
 KEPT = ("where", "tangent", "run_parts", "measure_parts", "made")  # in a file, besides the numbers
@@ -88,9 +88,9 @@ class Attribution(Table):
     def __post_init__(self):
         if self.run is not None and self.run_parts is None:
             self.run_parts = self.run.identity()
-            self.run_fingerprint = determinism.digest(repr(self.run_parts))
+            self.run_fingerprint = fingerprints.digest(repr(self.run_parts))
         if self.measure is not None and self.measure_parts is None:
-            self.measure_parts = identity.of_callable(self.measure, "measure").parts
+            self.measure_parts = parts.of_callable(self.measure, "measure").parts
         self.made = self.made or time.strftime("%Y-%m-%d %H:%M")
         k, n = self.values.shape if self.values.dim() == 2 else (None, None)
         if k is None or self.outputs.shape != (k,) or self.at.shape != (n,):
@@ -210,18 +210,18 @@ class Attribution(Table):
 
     def _serves(self, path: str, run: Run | None, measure: Callable | None, trust) -> None:
         """Raise ValueError unless these scores, read from `path`, are of this run and this measure."""
-        here, there, mine = identity.Identity(), {}, {}
+        here, there, mine = parts.Identity(), {}, {}
         if run is not None and (self.run_parts or self.run_fingerprint):
             mine = run.identity()
-            here |= identity.Identity(mine, run.unknown())
+            here |= parts.Identity(mine, run.unknown())
             there |= self.run_parts or {}
         if measure is not None and (self.measure_parts or self.run_parts or self.run_fingerprint):
-            here |= identity.of_callable(measure, "measure")
+            here |= parts.of_callable(measure, "measure")
             there |= self.measure_parts or {}
-        if names := identity.changed(here, there, trust):
+        if names := parts.changed(here, there, trust):
             whose = "run" if mine.keys() & set(names) else "measure"
             raise ValueError(
-                identity.refusal(
+                parts.refusal(
                     f"{path} holds scores of another {whose}",
                     names,
                     self.made,
@@ -263,7 +263,7 @@ def attribute(
     measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
              eval mode. All K are differentiated together, as many in one replay as `memory` allows
     at       where to differentiate: None for w = 1, a number for all examples, an (n,) tensor, or
-             "full", "centre", "path", "average" of `magic.where`, the last three for sets of a share
+             "full", "centre", "path", "average" of `magic.points`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost
     progress prints what the replay will keep and repeat before it starts, and shows a bar
     memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device; None is

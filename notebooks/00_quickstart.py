@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import data, models, plot
-from magic.checks import claim
+from magic.book import data, models, plot
+from magic.book.checks import claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -90,7 +90,8 @@ said = trained(x_test[hardest : hardest + 1]).softmax(1)[0]
 plot.images(
     x_test[hardest : hardest + 1],
     [f"a {y_test[hardest]}, read as {said.argmax()}\nP({y_test[hardest]}) = {said[y_test[hardest]]:.2f}"],
-)
+);
+
 # %% [markdown]
 # ## 3 · Differentiate the training
 #
@@ -123,7 +124,8 @@ scores
 top = scores.top(target=0, k=6)
 titles = [f"{role}\na {y[i]}, τ = {score:+.2f}" for role, i, score, _ in top.itertuples(index=False)]
 colors = [plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]]
-plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors)
+plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors);
+
 # %% [markdown]
 # The helpful ones carry the right label and look like this image, or like the digit it is mistaken for. Most of
 # the harmful ones carry the label the network was led to; an image of the right class can do harm as well, if it
@@ -153,11 +155,7 @@ def predicted_and_true(without):
     return scores.removal_effect(without)[0].item(), true[0].item()
 
 
-sets = {
-    "the most helpful image": helpful[:1],
-    "the five most helpful": helpful[:5],
-    "five at random": random_five,
-}
+sets = {"the most helpful image": helpful[:1], "the five most helpful": helpful[:5], "five at random": random_five}
 effects = {name: predicted_and_true(without) for name, without in sets.items()}
 
 # %% tags=["nbval-ignore-output"]
@@ -167,10 +165,7 @@ for name, (predicted, true) in effects.items():
 
 # %%
 one, five, at_random = effects.values()
-claim(
-    "without the most helpful image the loss rises, as predicted within a fifth",
-    abs(one[0] / one[1] - 1) < 0.2,
-)
+claim("without the most helpful image the loss rises, as predicted within a fifth", abs(one[0] / one[1] - 1) < 0.2)
 claim("without the five most helpful it rises more than twice as much", five[1] > 2 * one[1] > 0)
 claim("five random images do not matter a tenth as much", abs(at_random[1]) < 0.1 * five[1])
 
@@ -193,7 +188,7 @@ claim("LDS at least .98 over ten test images", result.mean >= 0.98)
 
 # %% tags=["nbval-ignore-output"]
 print(result)
-result.plot(targets=None)
+result.plot(targets=None);
 
 # %% [markdown]
 # Every network that was really trained, without 12 of its images, is ten dots here, one for each measured

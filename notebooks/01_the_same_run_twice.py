@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import data, models, plot
-from magic.checks import claim, compare
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -68,9 +68,7 @@ def seeded(seed):
 
 def plain_training(start=0, order=0, drop=0, epochs=10, rate=0.1):
     torch.manual_seed(seeded(start).initial_seed())
-    model = torch.nn.Sequential(
-        models.MLP((64, 128)), torch.nn.GELU(), torch.nn.Dropout(0.2), models.MLP((128, 10))
-    )
+    model = torch.nn.Sequential(models.MLP((64, 128)), torch.nn.GELU(), torch.nn.Dropout(0.2), models.MLP((128, 10)))
     model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     shuffle = seeded(order)
@@ -103,16 +101,9 @@ def differences(**chance):
     }
 
 
-causes = {
-    "nothing": {},
-    "the start": {"start": None},
-    "the order": {"order": None},
-    "dropout": {"drop": None},
-}
+causes = {"nothing": {}, "the start": {"start": None}, "the order": {"order": None}, "dropout": {"drop": None}}
 with magic.determinism.fix():
-    table = pd.DataFrame(
-        {f"{name} left to chance": differences(**chance) for name, chance in causes.items()}
-    ).T
+    table = pd.DataFrame({f"{name} left to chance": differences(**chance) for name, chance in causes.items()}).T
 
 # %% tags=["nbval-ignore-output"]
 table
@@ -184,16 +175,13 @@ gap = {rate: distances for rate, (distances, _) in found.items()}
 # %% tags=["nbval-ignore-output"]
 frame = pd.DataFrame(gap).rename_axis("step").melt(ignore_index=False, var_name="rate", value_name="distance")
 ax = plt.subplots(figsize=(6, 3.4))[1]
-sns.lineplot(
-    frame.reset_index(), x="step", y="distance", hue="rate", palette="colorblind", errorbar=None, ax=ax
-)
-ax.set(yscale="log", title="Two runs that began one bit apart", ylabel="distance of the parameters")
+sns.lineplot(frame.reset_index(), x="step", y="distance", hue="rate", palette="colorblind", errorbar=None, ax=ax)
+ax.set(yscale="log", title="Two runs that began one bit apart", ylabel="distance of the parameters");
+
 print({rate: f"at least {worse:.1%} right" for rate, (_, worse) in found.items()})
 
 # %%
-claim(
-    "all four networks read at least 90 % of the test images right", min(a for _, a in found.values()) >= 0.9
-)
+claim("all four networks read at least 90 % of the test images right", min(a for _, a in found.values()) >= 0.9)
 claim("at rate .01 the two stay within a thousandth", gap[0.01][-1] < 1e-3)
 claim("at rate .3 they end a thousand times further apart", gap[0.3][-1] > 1000 * gap[0.01][-1])
 
@@ -238,9 +226,7 @@ def loss(model, x, y):
 
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(
-    models.MLP((64, 128)), torch.nn.BatchNorm1d(128), torch.nn.GELU(), torch.nn.Dropout(0.2)
-)
+model = torch.nn.Sequential(models.MLP((64, 128)), torch.nn.BatchNorm1d(128), torch.nn.GELU(), torch.nn.Dropout(0.2))
 model = model.append(torch.nn.Linear(128, 10)).to(device)
 order = magic.batches(len(x), size=100, epochs=5)
 run = magic.Run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), (x, y), loss, order, seed=7)
@@ -319,12 +305,11 @@ effect = test_losses(same, magic.retrain(same, without=without, progress=False))
 
 # %% tags=["nbval-ignore-output"]
 scale = {"std over 8 starts": by_seed.std(0), "|change| without 1 %": effect.abs()}
-frame = pd.DataFrame({name: value.cpu() for name, value in scale.items()}).melt(
-    var_name="", value_name="test loss, one dot per image"
-)
+frame = pd.DataFrame({name: value.cpu() for name, value in scale.items()}).melt(var_name="", value_name="test loss, one dot per image")
 ax = plt.subplots(figsize=(6, 2.4))[1]
 sns.stripplot(frame, x="test loss, one dot per image", y="", hue="", palette="colorblind", size=4, ax=ax)
-ax.set(xscale="log", title="What the seed does, and what the data does")
+ax.set(xscale="log", title="What the seed does, and what the data does");
+
 # %%
 ratio = (by_seed.std(0).median() / effect.abs().median()).item()
 claim("the start alone moves a test loss at least three times as much as 1 % of the data", ratio > 3)

@@ -45,8 +45,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import magic
-from magic import data, models, plot
-from magic.checks import claim, compare
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -127,7 +127,7 @@ plot.images(pictures, titles)
 ax = plt.subplots(figsize=(5, 3))[1]
 sns.lineplot(x=dial, y=curve, marker="o", ax=ax)
 ax.axvline(1, color=plot.NEUTRAL, linewidth=1)
-ax.set(xlabel="weight of training image 87", ylabel="loss of the test image", title="Nine trainings")
+ax.set(xlabel="weight of training image 87", ylabel="loss of the test image", title="Nine trainings");
 
 # %% [markdown]
 # A curve, without noise or jumps, and it falls: the more training image 87 counts, the smaller the loss.
@@ -235,18 +235,14 @@ for ax, (name, i), color in zip(axes, chosen.items(), colors, strict=True):
     tau = f"{scores[i]:+.3f}".replace("-", "−")
     ax.set(title=f"{name}: image {i}, a {y[i]}\nτ = {tau}", xlabel="its weight")
 axes[0].set_ylabel(f"loss of the test image, a {y_test[hardest]}")
-axes[0].legend(fontsize=9, loc="upper right")
+axes[0].legend(fontsize=9, loc="upper right");
+
 # %%
 removal = {name: (-scores[i].item(), turned[name][0] - output.item()) for name, i in chosen.items()}
 helpful, middle, harmful = removal.values()
 claim("the most helpful image is number 87", ranked[0] == 87)
-claim(
-    "without the most helpful image the loss rises, as predicted within a fifth",
-    0.8 < helpful[0] / helpful[1] < 1.2,
-)
-claim(
-    "without the most harmful one it falls, as predicted within a fifth", 0.8 < harmful[0] / harmful[1] < 1.2
-)
+claim("without the most helpful image the loss rises, as predicted within a fifth", 0.8 < helpful[0] / helpful[1] < 1.2)
+claim("without the most harmful one it falls, as predicted within a fifth", 0.8 < harmful[0] / harmful[1] < 1.2)
 claim("without the one in the middle nothing happens that would matter", abs(middle[1]) < 0.01 * helpful[1])
 claim("the most helpful image has the test image's label", y[ranked[0]].item() == y_test[hardest].item())
 
@@ -321,28 +317,19 @@ replayed = {T: under_the_meter(by_replay, long[:T]) for T in lengths}
 
 # %% tags=["nbval-ignore-output"]
 peaks = {"unroll": unrolled, "magic, 6 states": replayed}
-frame = pd.DataFrame(
-    {name: {T: peak / 1e6 for T, (_, peak) in found.items()} for name, found in peaks.items()}
-)
-frame = (
-    frame.rename_axis("steps T")
-    .melt(ignore_index=False, var_name="", value_name="peak memory, MB")
-    .reset_index()
-)
+frame = pd.DataFrame({name: {T: peak / 1e6 for T, (_, peak) in found.items()} for name, found in peaks.items()})
+frame = frame.rename_axis("steps T").melt(ignore_index=False, var_name="", value_name="peak memory, MB").reset_index()
 ax = plt.subplots(figsize=(5.4, 3.2))[1]
 sns.lineplot(frame, x="steps T", y="peak memory, MB", hue="", style="", markers=True, dashes=False, ax=ax)
-ax.set(title="Memory to differentiate a run of T steps", ylim=(0, None))
+ax.set(title="Memory to differentiate a run of T steps", ylim=(0, None));
+
 # %%
-claim(
-    "the same scores, to nine digits, at each T", all(close(replayed[T][0], unrolled[T][0]) for T in lengths)
-)
+claim("the same scores, to nine digits, at each T", all(close(replayed[T][0], unrolled[T][0]) for T in lengths))
 slopes = [(unrolled[b][1] - unrolled[a][1]) / (b - a) for a, b in pairwise(lengths)]
 claim("unrolled, each step more costs the same, within 5 %", max(slopes) < 1.05 * min(slopes))
 claim("a step's record is more than two states large", min(slopes) > 2 * run.initial.nbytes)
 claim("replayed, 80 steps take less than a third more than 10", replayed[80][1] < 1.33 * replayed[10][1])
-claim(
-    "the replay of 80 steps takes less than a quarter of their unroll", replayed[80][1] < unrolled[80][1] / 4
-)
+claim("the replay of 80 steps takes less than a quarter of their unroll", replayed[80][1] < unrolled[80][1] / 4)
 
 # %% [markdown]
 # The same scores, one from memory that grows with $T$, one from memory that does not.
@@ -366,10 +353,7 @@ def record_of_one_step(net, x, y):
 
 
 net = models.ResNet9(width=64).to("meta")
-images, labels = (
-    torch.empty(250, 3, 32, 32, device="meta"),
-    torch.zeros(250, dtype=torch.int64, device="meta"),
-)
+images, labels = torch.empty(250, 3, 32, 32, device="meta"), torch.zeros(250, dtype=torch.int64, device="meta")
 per_step = record_of_one_step(net, images, labels)
 per_state = sum(tensor.nbytes for tensor in [*net.parameters(), *net.buffers()])
 

@@ -43,15 +43,13 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import magic
-from magic import data, models, plot
-from magic.adjoint import measure_vjp, step_vjp
-from magic.checks import claim, compare
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
+from magic.engine.adjoint import measure_vjp, step_vjp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
-warnings.filterwarnings(
-    "ignore", ".*torch.jit", FutureWarning
-)  # PyTorch's own, at the first use of forward mode
+warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)  # PyTorch's own, at the first use of forward mode
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plt.subplots(figsize=(7.8, 2.3))
@@ -77,7 +75,8 @@ for k, name in enumerate(["s_0", r"\cdots", "s_t", "s_{t+1}", r"\cdots", "s_T", 
 for k, name in enumerate([r"\Delta_t", r"\Delta_{t+1}", None, r"\Delta_T"], start=2):
     if name:
         ax.text(k, 0.5, f"${name}$", ha="center", color=plot.HARMFUL, fontsize=12)
-ax.text(2.5, 0.88, "this chapter", ha="center", fontsize=9)
+ax.text(2.5, 0.88, "this chapter", ha="center", fontsize=9);
+
 # %% [markdown]
 # Grey arrows: training. Each step takes a state and the weights of its batch, and makes the next state. Orange: the
 # way back. Each step takes the cotangent of the state after it, makes that of the state before it, and leaves a part of
@@ -201,9 +200,7 @@ def sgd_step(theta, weight):
 
 
 def hessian_at(theta):
-    return torch.autograd.functional.hessian(
-        lambda theta: objective(theta, weight.detach(), batch), theta.detach()
-    )
+    return torch.autograd.functional.hessian(lambda theta: objective(theta, weight.detach(), batch), theta.detach())
 
 
 hessian = hessian_at(theta)
@@ -227,19 +224,12 @@ ax = plt.subplots(figsize=(5.6, 3))[1]
 for name, values in factors.items():
     sns.lineplot(x=range(1, len(values) + 1), y=values, label=name, errorbar=None, ax=ax)
 ax.axhline(1, color=plot.NEUTRAL, linewidth=1, zorder=0)
-ax.set(
-    xscale="log",
-    xlabel="direction, the most curved first",
-    ylabel="factor 1 − ηλ",
-    title="What one step does to a cotangent",
-)
-ax.set_xticks([1, 10, 100, 910], ["1", "10", "100", "910"])
+ax.set(xscale="log", xlabel="direction, the most curved first", ylabel="factor 1 − ηλ", title="What one step does to a cotangent")
+ax.set_xticks([1, 10, 100, 910], ["1", "10", "100", "910"]);
+
 # %%
 start, end = factors.values()
-claim(
-    "at the end, more than half of the directions keep within 1 % of 1",
-    ((end - 1).abs() < 0.01).double().mean() > 0.5,
-)
+claim("at the end, more than half of the directions keep within 1 % of 1", ((end - 1).abs() < 0.01).double().mean() > 0.5)
 claim("the most curved one shrinks by more than a fifth", end[0] < 0.8)
 claim("at the start there are directions that grow", start[-1] > 1.02)
 
@@ -296,10 +286,7 @@ def pull_gradient(theta, weight, batch, cotangent):
 
 # %%
 curved, scores = pull_gradient(theta, weight, batch, -rate * after)
-claim(
-    "plain SGD: the two boxes from one call",
-    close(after + curved, before) and close(scores, by_double_backward),
-)
+claim("plain SGD: the two boxes from one call", close(after + curved, before) and close(scores, by_double_backward))
 
 # %% [markdown]
 # ## 4 · Momentum
@@ -405,7 +392,7 @@ def pull_adamw(state, weight, batch, cotangent, lr, beta1, beta2, eps, decay):
 #
 # ## 6 · `magic`'s step
 #
-# `magic.adjoint.step_vjp(run, state, cotangent, weights)` is the pullback for any model and any optimizer that
+# `magic.engine.adjoint.step_vjp(run, state, cotangent, weights)` is the pullback for any model and any optimizer that
 # `magic.Run` takes. Its cotangent, a `Cotangent`, has the tensors of the state it belongs to, each with a leading axis $K$: the
 # four outputs' cotangents go back **together**. `measure_vjp` makes the first. We take a run with AdamW, let `magic` go
 # back through step 21, and then compare the next pull, through step 20, for each output.
@@ -442,9 +429,7 @@ at = adam_states[20]
 here = flat(at.params), slot(at, "exp_avg"), slot(at, "exp_avg_sq"), 20
 rows = [pull_adamw(here, weight, batch, [part[k] for part in parts(coming)], **constants) for k in range(4)]
 mine = [torch.stack(column) for column in zip(*(cotangent for cotangent, _ in rows), strict=True)]
-for name, by_hand, magics in zip(
-    ["Δ of the parameters", "Δ of m", "Δ of v"], mine, parts(going), strict=True
-):
+for name, by_hand, magics in zip(["Δ of the parameters", "Δ of m", "Δ of v"], mine, parts(going), strict=True):
     compare(f"AdamW: {name}", by_hand, magics, tolerance=1e-9)
 one_by_one_scores = torch.stack([row for _, row in rows])
 compare("AdamW: scores", one_by_one_scores, scores, tolerance=1e-9)
@@ -525,9 +510,7 @@ params, buffer = flat(run.initial.params).requires_grad_(), 0.0
 for batch in order:
     buffer = mu * buffer + gradient(params, unrolled[batch], batch, create_graph=True)
     params = params - rate * buffer
-by_unroll = torch.stack(
-    [torch.autograd.grad(output, unrolled, retain_graph=True)[0] for output in phi(params)]
-)
+by_unroll = torch.stack([torch.autograd.grad(output, unrolled, retain_graph=True)[0] for output in phi(params)])
 attribution = magic.attribute(run, measure, at=weights, progress=False)
 
 claim("by hand, link by link: the scores of the unroll, to nine digits", close(values, by_unroll))
@@ -544,28 +527,13 @@ roles = dict.fromkeys(ranked[:3], "helpful") | dict.fromkeys(ranked[-3:], "harmf
 shown = frame[frame["image"].isin(list(roles))].assign(role=lambda f: f["image"].map(roles))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 left.plot(range(run.steps, 0, -1), torch.stack(size).cpu())
-left.set(
-    xlabel="after step t",
-    ylabel="size of the cotangent",
-    title="Four cotangents on their way back",
-    ylim=(0, None),
-)
+left.set(xlabel="after step t", ylabel="size of the cotangent", title="Four cotangents on their way back", ylim=(0, None))
 colors = {"helpful": plot.HELPFUL, "harmful": plot.HARMFUL}
-sns.lineplot(
-    shown,
-    x="step",
-    y="added",
-    hue="role",
-    hue_order=list(colors),
-    palette=colors,
-    units="image",
-    estimator=None,
-    marker="o",
-    ax=right,
-)
+sns.lineplot(shown, x="step", y="added", hue="role", hue_order=list(colors), palette=colors, units="image", estimator=None, marker="o", ax=right)
 right.axhline(0, color=plot.NEUTRAL, linewidth=1, zorder=0)
 right.legend(title="")
-right.set(ylabel="added to the score", title="Six training images, visit by visit")
+right.set(ylabel="added to the score", title="Six training images, visit by visit");
+
 # %%
 signs = frame.assign(positive=frame["added"] > 0).groupby("image")["positive"].nunique()
 claim("more than half of the images help at one visit and harm at another", (signs == 2).mean() > 0.5)
@@ -590,10 +558,7 @@ for t in reversed(range(run.steps)):
     without.index_add_(1, order[t], part)
 
 correlations = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(without, values, strict=True)]
-claim(
-    "without the Hessian no output's scores correlate more than .8 with the true ones",
-    max(correlations) < 0.8,
-)
+claim("without the Hessian no output's scores correlate more than .8 with the true ones", max(correlations) < 0.8)
 
 # %% tags=["nbval-ignore-output"]
 print("correlation, output by output:", [f"{value:+.2f}" for value in correlations])

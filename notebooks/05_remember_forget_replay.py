@@ -49,19 +49,18 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import magic
-from magic import data, models, plot, schedule
-from magic.adjoint import measure_vjp, step_vjp
-from magic.checks import claim, compare
-from magic.schedule import Adjoint, Advance, Drop, Load, Save, cost
-from magic.timeline import draw
+from magic import schedule
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
+from magic.engine.adjoint import measure_vjp, step_vjp
+from magic.engine.schedule import Adjoint, Advance, Drop, Load, Save, cost
+from magic.engine.timeline import draw
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
 plot.style()
-warnings.filterwarnings(
-    "ignore", ".*torch.jit", FutureWarning
-)  # PyTorch's own, at the first use of forward mode
+warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)  # PyTorch's own, at the first use of forward mode
 
 # %% [markdown]
 # ## 1 · Five words
@@ -123,9 +122,7 @@ print(draw(keep_nothing(12), 12))
 # %%
 for make in (keep_everything, keep_nothing):
     took = cost(make(200), 200)
-    print(
-        f"{make.__name__:<16} states kept {took.peak_states:>4}   steps advanced {took.advanced:>7,}   extra {took.extra:>7,}"
-    )
+    print(f"{make.__name__:<16} states kept {took.peak_states:>4}   steps advanced {took.advanced:>7,}   extra {took.extra:>7,}")
 
 claim("to keep nothing takes (T−1)(T−2)/2 extra steps", cost(keep_nothing(200), 200).extra == 199 * 198 // 2)
 
@@ -358,36 +355,17 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
 many = sorted({round(1.12**i) for i in range(12, 82)})
 left.plot(many, [(optimum(T, c) - T + 1) / T for c in many], color=plot.HELPFUL, label="optimum")
 trees = [cost(schedule.kary(T, k), T) for k in (2, 3, 4, 6, 10, 22, 100)]
-left.plot(
-    [c.peak_states for c in trees],
-    [c.extra / T for c in trees],
-    "o",
-    color=plot.HARMFUL,
-    label="tree, k = 2 … 100",
-)
+left.plot([c.peak_states for c in trees], [c.extra / T for c in trees], "o", color=plot.HARMFUL, label="tree, k = 2 … 100")
 pieces = [cost(keep_every(T, k), T) for k in (10, 30, 100, 300, 1000)]
-left.plot(
-    [c.peak_states for c in pieces],
-    [c.extra / T for c in pieces],
-    "s",
-    color=plot.NEUTRAL,
-    label="every k-th",
-)
-left.set(
-    xscale="log", xlabel="states kept", ylabel="extra steps per step", title=f"{T:,} steps", ylim=(0, 13)
-)
+left.plot([c.peak_states for c in pieces], [c.extra / T for c in pieces], "s", color=plot.NEUTRAL, label="every k-th")
+left.set(xscale="log", xlabel="states kept", ylabel="extra steps per step", title=f"{T:,} steps", ylim=(0, 13))
 left.legend()
 lengths = [round(10 ** (i / 8)) for i in range(8, 57)]
 for c, shade in ((8, 0.35), (32, 0.65), (128, 1.0)):
-    right.plot(
-        lengths,
-        [(optimum(n, c) - n + 1) / n for n in lengths],
-        color=plot.HELPFUL,
-        alpha=shade,
-        label=f"{c} states",
-    )
+    right.plot(lengths, [(optimum(n, c) - n + 1) / n for n in lengths], color=plot.HELPFUL, alpha=shade, label=f"{c} states")
 right.set(xscale="log", xlabel="steps", title="The optimum, longer and longer runs")
-right.legend()
+right.legend();
+
 # %% [markdown]
 # Left, a run of ten thousand steps. The tree lies above the optimum everywhere, since its parts are equal: a part that
 # will be visited again and again should be shorter than one that is visited once. Every $k$-th, the grey squares, is near the
@@ -435,9 +413,7 @@ frame = pd.DataFrame(
         for name, actions in choices.items()
     }
 ).T
-frame.style.format(
-    {"states kept": "{:,.0f}", "MB": "{:,.1f}", "extra steps": "{:,.0f}", "time, trainings": "{:.1f}"}
-)
+frame.style.format({"states kept": "{:,.0f}", "MB": "{:,.1f}", "extra steps": "{:,.0f}", "time, trainings": "{:.1f}"})
 
 # %% [markdown]
 # Most of the time is the four cotangents, which every schedule takes back once. With ten states of two hundred the
@@ -505,21 +481,10 @@ def cost_of(targets, memory):
         return magic.attribute(run, some, memory=memory, progress=False)
 
     took, scores = timed(differentiate)
-    _, _, peak = magic.footprint.measured(differentiate, run.device)
+    _, _, peak = magic.engine.footprint.measured(differentiate, run.device)
     plan = scores.plan
-    kept = {
-        "states": plan.states,
-        "traces": plan.traces,
-        "sweeps": plan.sweeps,
-        "extra steps": plan.extra * plan.sweeps,
-    }
-    return {
-        "targets": targets,
-        "budget, MB": float(memory[:-2]),
-        "peak, MB": peak / 1e6,
-        **kept,
-        "seconds": took,
-    }
+    kept = {"states": plan.states, "traces": plan.traces, "sweeps": plan.sweeps, "extra steps": plan.extra * plan.sweeps}
+    return {"targets": targets, "budget, MB": float(memory[:-2]), "peak, MB": peak / 1e6, **kept, "seconds": took}
 
 
 # %%
@@ -538,12 +503,7 @@ claim("the peak is within the budget, all six times", (measured["peak, MB"] <= m
 
 # %% tags=["nbval-ignore-output"]
 plain = median(timed(plain_loop)[0] for _ in range(5))
-measured.assign(
-    **{
-        "plain loops": measured["seconds"] / plain,
-        "per target": measured["seconds"] / plain / measured["targets"],
-    }
-).round(2)
+measured.assign(**{"plain loops": measured["seconds"] / plain, "per target": measured["seconds"] / plain / measured["targets"]}).round(2)
 
 # %% [markdown]
 # The last column is the price of one exact row of scores, in plain training loops, training included. One row alone
@@ -581,7 +541,7 @@ class Mortal(magic.Run):
 
 mortal = Mortal(model, optimizer, (x, y), loss, order)
 folder, deaths, done = Path(tempfile.mkdtemp()), 0, None
-magic.directory.EVERY = 0.1  # seconds between two notes; usually 10, which is more than this run takes
+magic.engine.resume.EVERY = 0.1  # seconds between two notes; usually 10, which is more than this run takes
 while done is None:
     fuse[0] = 200 + 50 * deaths
     try:
@@ -617,7 +577,7 @@ claim("another rate, another run: refused by name", "the optimizer or its hyper-
 # **A flipped bit** in a state that lies in memory.
 
 # %%
-shelf, state = magic.store.Memory(), run.step(run.initial, run.weights())
+shelf, state = magic.engine.store.Memory(), run.step(run.initial, run.weights())
 shelf.save(1, state)
 name = next(iter(state.params))
 state.params[name].view(torch.int32)[0, 0] ^= 1
@@ -748,13 +708,7 @@ def flat(product):
 
 
 ways = [reverse_over_reverse, forward_over_reverse, reverse_over_forward]
-claim(
-    "four ways, one product, to five digits",
-    all(
-        (flat(w(direction)) - flat(by_autograd(direction))).norm() < 1e-5 * flat(w(direction)).norm()
-        for w in ways
-    ),
-)
+claim("four ways, one product, to five digits", all((flat(w(direction)) - flat(by_autograd(direction))).norm() < 1e-5 * flat(w(direction)).norm() for w in ways))
 
 
 # %% [markdown]
@@ -786,9 +740,7 @@ def gradient():
 
 # %% tags=["nbval-ignore-output"]
 unit = typical(gradient)
-rows = {
-    w.__name__.replace("_", " "): (typical(lambda w=w: w(direction)), typical(sixteen(w), 5)) for w in ways
-}
+rows = {w.__name__.replace("_", " "): (typical(lambda w=w: w(direction)), typical(sixteen(w), 5)) for w in ways}
 rows["autograd, recorded once"] = typical(lambda: by_autograd(direction)), typical(one_by_one, 5)
 frame = pd.DataFrame(rows, index=["1 target", "16 targets, each"]).T / unit
 frame["16 targets, each"] /= 16

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
-from magic import data, models, plot
-from magic.adjoint import measure_vjp, step_vjp
-from magic.checks import claim, compare
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
+from magic.engine.adjoint import measure_vjp, step_vjp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -130,9 +130,7 @@ table.groupby(["role", "dtype"], sort=False).sum()
 # %%
 print(*[name for name in flat if "1.weight" in name], sep="\n")
 parameters = sum(v.nbytes for v in state.params.values())
-claim(
-    "the state takes more than three times the bytes of its parameters", 3 < state.nbytes / parameters < 3.1
-)
+claim("the state takes more than three times the bytes of its parameters", 3 < state.nbytes / parameters < 3.1)
 
 # %% [markdown]
 # ## 2 · Restoring half a state
@@ -192,7 +190,8 @@ ax = plt.subplots(figsize=(6, 3.2))[1]
 sns.lineplot(frame.reset_index(), x="index", y="gap", hue="", palette="colorblind", errorbar=None, ax=ax)
 ax.set(xlabel="step", ylabel="distance / way still to go", ylim=(0, 0.7))
 ax.set_title("Resumed at step 30 with a part of the state missing")
-ax.legend(title=None, loc="upper left")
+ax.legend(title=None, loc="upper left");
+
 # %%
 for name in ("momentum", "Adam"):
     *_, end = resumed(name, lambda run, state: state)
@@ -201,10 +200,7 @@ far = {name: gap[-1] for name, gap in gaps.items()}
 claim("without the momentum buffer: off by more than 30 % of the way", far["momentum, buffer missing"] > 0.3)
 claim("without m, v and the count: by more than 20 %", far["Adam, m, v and count missing"] > 0.2)
 claim("without the count alone: by more than 10 %", far["Adam, only the count missing"] > 0.1)
-claim(
-    "and all three read over 90 % of the test digits right",
-    min(right for _, right, _ in found.values()) > 0.9,
-)
+claim("and all three read over 90 % of the test digits right", min(right for _, right, _ in found.values()) > 0.9)
 
 # %% [markdown]
 # By accuracy nobody would notice. But they are other networks: what was resumed is not the run that was
@@ -435,9 +431,7 @@ def path_sizes(name):
     run, rows = runs[name], []
     cotangent = measure_vjp(run, states[name][-1], measure)
     for state in reversed(states[name][:-1]):
-        terms = [
-            {k: d.square().sum().item() for k, d in part.items()} for part in parts(name, state, cotangent)
-        ]
+        terms = [{k: d.square().sum().item() for k, d in part.items()} for part in parts(name, state, cotangent)]
         rows.append(pd.DataFrame(terms).sum().pow(0.5).rename(state.step))
         cotangent, _ = step_vjp(run, state, cotangent, run.weights())
     return pd.DataFrame(rows[::-1]).rename_axis("step")
@@ -456,22 +450,15 @@ for ax, (name, size) in zip(axes, sizes.items(), strict=True):
         ax.plot(shown.index, shown, color=colors[path], label=path)
     ax.set(yscale="log", ylim=(0.01, 30), xlabel="step", title=name)
     ax.legend(loc="upper right")
-axes[0].set_ylabel("size of the term in ∂φ/∂g")
+axes[0].set_ylabel("size of the term in ∂φ/∂g");
+
 # %%
 last, middle = ({name: size.loc[t] for name, size in sizes.items()} for t in (59, 30))
-claim(
-    "in the last step nothing goes through the slots",
-    all(s.drop("parameters").sum() == 0 for s in last.values()),
-)
+claim("in the last step nothing goes through the slots", all(s.drop("parameters").sum() == 0 for s in last.values()))
 ratio = {name: s.drop("parameters").iloc[0] / s["parameters"] for name, s in middle.items()}
-claim(
-    "half-way, more than 6 times as much goes through b as through the parameters", 6 < ratio["momentum"] < 9
-)
+claim("half-way, more than 6 times as much goes through b as through the parameters", 6 < ratio["momentum"] < 9)
 claim("and through Adam's m more than 6 times as much", 6 < ratio["Adam"] < 12)
-claim(
-    "through v, too, more than through the parameters",
-    middle["Adam"]["slot v"] > middle["Adam"]["parameters"],
-)
+claim("through v, too, more than through the parameters", middle["Adam"]["slot v"] > middle["Adam"]["parameters"])
 
 # %% [markdown]
 # In the last step the slots do not matter, since nobody reads them afterwards. Ten steps earlier most of what a
@@ -492,9 +479,7 @@ claim("without both: by more than 30 %, and less than without m alone", 0.3 < wi
 claim("with both, but the step count of the replayed states forgotten: by more than 30 %", count > 0.3)
 
 # %% tags=["nbval-ignore-output"]
-print(
-    {what: f"{value:.0%}" for (name, what), value in errors.items() if name == "Adam" and what != "nothing"}
-)
+print({what: f"{value:.0%}" for (name, what), value in errors.items() if name == "Adam" and what != "nothing"})
 
 # %% [markdown]
 # Forgetting $m$ alone is worse than forgetting everything. The reason is in the formula: multiply all
@@ -747,7 +732,8 @@ for row, ((_, what), value) in enumerate(shown):
 ax.text(0.1, len(shown), "not a number", **beside)
 ax.set_yticks(range(len(labels)), labels)
 ax.set(xscale="log", xlim=(1e-11, 20), ylim=(len(shown) + 0.7, -0.7))
-ax.set(xlabel="relative error of the scores (the line: 100 %)", title="What was left out of the derivative")
+ax.set(xlabel="relative error of the scores (the line: 100 %)", title="What was left out of the derivative");
+
 # %%
 exact = [value for (_, what), value in errors.items() if what == "nothing"]
 wrong = [value for (_, what), value in errors.items() if what != "nothing"]

@@ -39,14 +39,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
-from magic import data, models, plot, smoothness
-from magic.checks import claim, compare
+from magic import smoothness
+from magic.book import data, models, plot
+from magic.book.checks import claim, compare
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
-warnings.filterwarnings(
-    "ignore", message=".*powers of ten.*|.*could not be checked.*"
-)  # of rough runs, which we make on purpose
+warnings.filterwarnings("ignore", message=".*powers of ten.*|.*could not be checked.*")  # of rough runs, which we make on purpose
 plot.style()
 
 # %% [markdown]
@@ -113,9 +112,7 @@ def measure(model):
 
 def along(run, lengths):
     """(L, K): outputs of the models trained at 1 + length·way."""
-    return torch.stack(
-        [magic.retraining.retrained(run, measure, 1 + s * way.to(device)) for s in lengths]
-    ).cpu()
+    return torch.stack([magic.outputs(run, measure, 1 + s * way.to(device)) for s in lengths]).cpu()
 
 
 lengths = torch.linspace(0, 1, 21)
@@ -129,13 +126,7 @@ for ax, (name, found) in zip(axes, paths.items(), strict=True):
     slope = (scores[name].values @ way.to(device)).cpu()
     k = found.std(0).argmax()
     ax.plot(1 - lengths, found[:, k], marker="o", markersize=4, color=plot.HELPFUL, label="trained")
-    ax.plot(
-        1 - lengths,
-        found[0, k] + lengths * slope[k],
-        color=plot.HARMFUL,
-        linestyle="--",
-        label="tangent at 1",
-    )
+    ax.plot(1 - lengths, found[0, k] + lengths * slope[k], color=plot.HARMFUL, linestyle="--", label="tangent at 1")
     ax.set(xlabel="weight of the eight images", ylabel=f"loss of test image {k}", title=name)
     ax.invert_xaxis()
     ax.legend(fontsize=8)
@@ -147,10 +138,7 @@ def roughness(curve):
     return (curve.diff(dim=0).diff(dim=0).abs().mean(0) / curve.diff(dim=0).abs().mean(0)).mean().item()
 
 
-claim(
-    "the kinked training is at least ten times as rough",
-    roughness(paths["ReLU, maximum pooling"]) > 10 * roughness(paths["GELU, average pooling"]),
-)
+claim("the kinked training is at least ten times as rough", roughness(paths["ReLU, maximum pooling"]) > 10 * roughness(paths["GELU, average pooling"]))
 
 # %% [markdown]
 # Both tangents are right, to rounding, *at* 1. The right-hand one is right on a piece of curve that ends before we see it: at some weight a ReLU turns off or
@@ -220,15 +208,7 @@ def accuracy(model):
 
 
 found = smoothness.survey(runs, accuracy, count=2)
-judged = [
-    "as it is",
-    "rate × 4",
-    "no momentum, rate × 10",
-    "width ÷ 4",
-    "ReLU",
-    "maximum pooling",
-    "logits × 1/8, rate × 8",
-]
+judged = ["as it is", "rate × 4", "no momentum, rate × 10", "width ÷ 4", "ReLU", "maximum pooling", "logits × 1/8, rate × 8"]
 judged += ["constant rate", "AdamW, eps 1e-8", "AdamW, eps 1e-3"]
 exact = {name: magic.attribute(runs[name], measure, progress=False) for name in judged}
 for name in judged:
@@ -246,39 +226,19 @@ left.set_yticks(range(len(order)), [f"{name}  ({found['accuracy'][name]:.0%})" f
 left.set(xlabel="metasmoothness; in brackets, accuracy", title="One knob at a time")
 sns.scatterplot(found.dropna(), x="metasmoothness", y="LDS", ax=right, color=plot.HELPFUL, s=40)
 for name in ("as it is", "ReLU", "maximum pooling", "constant rate"):
-    right.annotate(
-        name,
-        (found["metasmoothness"][name], found["LDS"][name]),
-        xytext=(4, -10),
-        textcoords="offset points",
-        fontsize=8,
-    )
-right.set(title="What it says of predictions", xlim=(None, 1.3))
+    right.annotate(name, (found["metasmoothness"][name], found["LDS"][name]), xytext=(4, -10), textcoords="offset points", fontsize=8)
+right.set(title="What it says of predictions", xlim=(None, 1.3));
+
 # %%
 smoothest = found["metasmoothness"]
-claim(
-    "ReLU and maximum pooling are the two roughest",
-    set(smoothest.nsmallest(2).index) == {"ReLU", "maximum pooling"},
-)
+claim("ReLU and maximum pooling are the two roughest", set(smoothest.nsmallest(2).index) == {"ReLU", "maximum pooling"})
 claim("maximum pooling predicts worst of those judged", found["LDS"].idxmin() == "maximum pooling")
-claim(
-    "all judged with a metasmoothness below .9 have an LDS below .95",
-    found["LDS"][found["metasmoothness"] < 0.9].max() < 0.95,
-)
-claim(
-    "a rate that falls to zero predicts better than a constant one",
-    found["LDS"]["as it is"] > found["LDS"]["constant rate"],
-)
+claim("all judged with a metasmoothness below .9 have an LDS below .95", found["LDS"][found["metasmoothness"] < 0.9].max() < 0.95)
+claim("a rate that falls to zero predicts better than a constant one", found["LDS"]["as it is"] > found["LDS"]["constant rate"])
 claim("Adam with a larger eps is smoother", smoothest["AdamW, eps 1e-3"] > smoothest["AdamW, eps 1e-8"])
 claim("and so it is with eps_root", smoothest["AdamW, eps_root 1e-6"] > smoothest["AdamW, eps 1e-8"])
-claim(
-    "small logits alone cost accuracy: at least a tenth",
-    found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8"] > 0.1,
-)
-claim(
-    "with the rate raised it is back, to 3 %",
-    abs(found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8, rate × 8"]) < 0.03,
-)
+claim("small logits alone cost accuracy: at least a tenth", found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8"] > 0.1)
+claim("with the rate raised it is back, to 3 %", abs(found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8, rate × 8"]) < 0.03)
 
 # %% [markdown]
 # What we see:
@@ -298,15 +258,9 @@ claim(
 # cosine says so. It takes two replays, and it is blind to kinks:
 
 # %%
-cosine = {
-    name: smoothness.similarity(runs[name], measure, way).mean().item()
-    for name in ("as it is", "ReLU", "rate × 4")
-}
+cosine = {name: smoothness.similarity(runs[name], measure, way).mean().item() for name in ("as it is", "ReLU", "rate × 4")}
 claim("ReLU: the scores hardly turn, the cosine is above .97", cosine["ReLU"] > 0.97)
-claim(
-    "and yet they predict worse than those of the fourfold rate, which turn more",
-    cosine["rate × 4"] < cosine["ReLU"] and found["LDS"]["ReLU"] < found["LDS"]["rate × 4"],
-)
+claim("and yet they predict worse than those of the fourfold rate, which turn more", cosine["rate × 4"] < cosine["ReLU"] and found["LDS"]["ReLU"] < found["LDS"]["rate × 4"])
 
 # %% [markdown]
 # The tangents on the two sides of a jump are parallel, and the jump is in neither. So: metasmoothness for what is *between* the points, the cosine for how far a
@@ -317,11 +271,7 @@ claim(
 # With `smoothness.survey` one looks before paying for a derivative: some trainings for each recipe, and the choice is a line through a plane.
 
 # %%
-grid = {
-    f"rate {rate:g}, {epochs} epochs": recipe(rate=rate, epochs=epochs)
-    for rate in (0.02, 0.05, 0.1)
-    for epochs in (4, 8)
-}
+grid = {f"rate {rate:g}, {epochs} epochs": recipe(rate=rate, epochs=epochs) for rate in (0.02, 0.05, 0.1) for epochs in (4, 8)}
 table = smoothness.survey(grid, accuracy, count=2).sort_values("accuracy", ascending=False)
 good = table[table["metasmoothness"] > 0.99]
 claim("there is a recipe above 95 % with metasmoothness above .99", good["accuracy"].max() > 0.95)

@@ -40,8 +40,9 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import data, models, plot, subsets
-from magic.checks import claim
+from magic import subsets
+from magic.book import data, models, plot
+from magic.book.checks import claim
 
 DATA = "fashion"  # or "cifar10", or "digits"
 
@@ -146,12 +147,10 @@ for k, i in enumerate(asked):
     top = scores.top(target=k, k=4)
     pictures += [x_test[i], *x[top["index"].tolist()]]
     verdict = classes[y_test[i]] if right[i] else f"{classes[y_test[i]]},\nread as {classes[answer]}"
-    titles += [
-        f"test {i}: {verdict}",
-        *[f"{classes[y[j]]}\n{s:+.3f}" for j, s in zip(top["index"], top["score"], strict=True)],
-    ]
+    titles += [f"test {i}: {verdict}", *[f"{classes[y[j]]}\n{s:+.3f}" for j, s in zip(top["index"], top["score"], strict=True)]]
     colors += ["black", *[plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]]]
-plot.images(torch.stack(pictures), titles, columns=9, colors=colors)
+plot.images(torch.stack(pictures), titles, columns=9, colors=colors);
+
 # %% [markdown]
 # What the eye says, the labels confirm: help comes from images of the same kind with the same label. Harm comes from look-alikes with another.
 # And where the network is wrong, many of the harmful ones carry the label that it fell for.
@@ -162,19 +161,12 @@ helpers, harmers = y[order[:, :20]], y[order[:, -20:]]
 same = (helpers == y_test[asked][:, None]).double().mean().item()
 other = (harmers != y_test[asked][:, None]).double().mean().item()
 fallen_for = (harmers[3:] == said[wrong].argmax(1)[:, None]).double().mean().item()
-claim(
-    "of the twenty most helpful, at least half have the test image's label (a tenth by chance)", same >= 0.5
-)
+claim("of the twenty most helpful, at least half have the test image's label (a tenth by chance)", same >= 0.5)
 claim("of the twenty most harmful, at least two thirds have another", other >= 2 / 3)
-claim(
-    "where the network is wrong, at least a fifth of those have the label it fell for (a tenth by chance)",
-    fallen_for >= 0.2,
-)
+claim("where the network is wrong, at least a fifth of those have the label it fell for (a tenth by chance)", fallen_for >= 0.2)
 
 # %% tags=["nbval-ignore-output"]
-print(
-    f"same label among the helpful {same:.0%}; another among the harmful {other:.0%}; the one fallen for {fallen_for:.0%}"
-)
+print(f"same label among the helpful {same:.0%}; another among the harmful {other:.0%}; the one fallen for {fallen_for:.0%}")
 
 # %% [markdown]
 # ## 3 · Number 42
@@ -195,10 +187,7 @@ if len(bank) == 0:
 singles = [42, order[0, 0].item(), order[0, -1].item()]
 alone = magic.leave_one_out(scores, singles, bank=bank, progress=False)
 predicted, true = (part[:, 0] - scores.outputs[0].cpu() for part in (alone.predicted, alone.true))
-claim(
-    "42, the most helpful, the most harmful: the sign is as predicted",
-    bool((predicted.sign() == true.sign()).all()),
-)
+claim("42, the most helpful, the most harmful: the sign is as predicted", bool((predicted.sign() == true.sign()).all()))
 claim("and the size for the most helpful one, within a third", abs(predicted[1] / true[1] - 1).item() < 1 / 3)
 
 # %% tags=["nbval-ignore-output"]
@@ -231,10 +220,7 @@ print(result)
 
 # %%
 counts = [5, 10, 20, 40]
-attacked = {
-    asked[k]: magic.compare(scores, subsets.top(scores.values[k], counts), bank=bank, progress=False)
-    for k in range(3)
-}
+attacked = {asked[k]: magic.compare(scores, subsets.top(scores.values[k], counts), bank=bank, progress=False) for k in range(3)}
 dice = subsets.random(len(x), 40 / len(x), 5, seed=1)
 at_random = magic.compare(scores, dice, bank=bank, progress=False)
 
@@ -246,29 +232,16 @@ for k, (color, (i, found)) in enumerate(zip(sns.color_palette("colorblind"), att
     ax.plot(counts, told, linestyle="--", color=color, linewidth=1)
 usual = at_random.true - at_random.baseline
 ax.errorbar([40], usual[:, :3].mean(), usual[:, :3].std(), fmt="s", color=plot.NEUTRAL, label="40 at random")
-ax.set(
-    xlabel="most helpful images removed",
-    ylabel="change of the loss",
-    yscale="log",
-    title="Solid: true. Dashed: predicted before",
-)
+ax.set(xlabel="most helpful images removed", ylabel="change of the loss", yscale="log", title="Solid: true. Dashed: predicted before")
 ax.set_xticks(counts)
-ax.legend(fontsize=8)
+ax.legend(fontsize=8);
+
 # %%
 rises = torch.stack([found.true[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())])
 told = torch.stack([found.predicted[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())])
-claim(
-    "without its helpers each loss rises, the more of them the more",
-    bool((rises.diff(dim=1) > 0).all() and (rises > 0).all()),
-)
-claim(
-    "twenty of them weigh more than forty at random, for each",
-    bool((rises[:, 2] > usual[:, :3].abs().max(0).values).all()),
-)
-claim(
-    "the tangent sees it coming, and says too little each time",
-    bool((told > 0).all() and (told < rises).all()),
-)
+claim("without its helpers each loss rises, the more of them the more", bool((rises.diff(dim=1) > 0).all() and (rises > 0).all()))
+claim("twenty of them weigh more than forty at random, for each", bool((rises[:, 2] > usual[:, :3].abs().max(0).values).all()))
+claim("the tangent sees it coming, and says too little each time", bool((told > 0).all() and (told < rises).all()))
 
 # %% [markdown]
 # The dashed lines fall below the solid ones as the sets grow. Images that help are alike. While they are all there, each is a little
@@ -280,7 +253,7 @@ claim(
 # %%
 rows, kept = bank.rows()
 some = [0, len(rows) // 2, len(rows) - 1]
-again = torch.stack([magic.retraining.retrained(run, measure, rows[i]).double().cpu() for i in some])
+again = torch.stack([magic.outputs(run, measure, rows[i]).double().cpu() for i in some])
 far = ((again - kept[some]).abs() / kept.std(0)).max().item()
 claim("made again, they agree to a hundredth of the outputs' standard deviation", far < 0.01)
 

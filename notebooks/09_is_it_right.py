@@ -43,8 +43,9 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import baselines, data, models, plot, subsets
-from magic.checks import claim
+from magic import baselines, subsets
+from magic.book import data, models, plot
+from magic.book.checks import claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 logging.disable(logging.WARNING)  # the libraries of section 2 are talkative
@@ -125,9 +126,7 @@ candidates = {
     "MAGIC": [exact],
     "TRAK": [baselines.trak(run, targets, [*starts, final], dim=dim) for dim in (128, 256, 512)],
     "EK-FAC": [baselines.ekfac(run, targets, final, damping=damping) for damping in dampings],
-    "similarity": [
-        baselines.gradient_similarity(run, targets, final, cosine=cosine) for cosine in (False, True)
-    ],
+    "similarity": [baselines.gradient_similarity(run, targets, final, cosine=cosine) for cosine in (False, True)],
 }
 
 
@@ -156,9 +155,7 @@ judged = {name: lds(scores, 0.05) for name, scores in methods.items()}
 figure, axes = plt.subplots(1, 4, figsize=(10.4, 3.1), sharey=True)
 for ax, (name, result) in zip(axes, judged.items(), strict=True):
     frame = result.frame()
-    sns.scatterplot(
-        x=frame["predicted"] * result.slope[0], y=frame["true"], ax=ax, s=9, color=plot.HELPFUL, linewidth=0
-    )
+    sns.scatterplot(x=frame["predicted"] * result.slope[0], y=frame["true"], ax=ax, s=9, color=plot.HELPFUL, linewidth=0)
     ends = 1.3 * frame["true"].min(), 1.1 * frame["true"].max()
     ax.plot(ends, ends, color=plot.NEUTRAL, linewidth=1, zorder=0)
     ax.set(xlim=ends, ylim=ends, xlabel="predicted change", ylabel="true change, retrained")
@@ -167,10 +164,7 @@ for ax, (name, result) in zip(axes, judged.items(), strict=True):
 # %%
 claim("MAGIC's LDS is at least .98", judged["MAGIC"].mean >= 0.98)
 claim("no other method's reaches .9", max(r.mean for name, r in judged.items() if name != "MAGIC") < 0.9)
-claim(
-    "their intervals do not meet",
-    max(r.interval[1] for n, r in judged.items() if n != "MAGIC") < judged["MAGIC"].interval[0],
-)
+claim("their intervals do not meet", max(r.interval[1] for n, r in judged.items() if n != "MAGIC") < judged["MAGIC"].interval[0])
 
 # %% [markdown]
 # A rank correlation does not see size. Pearson's correlation, the slope of true on predicted, and $R^2$ do:
@@ -204,21 +198,13 @@ left.set_xticks(drops, [f"{drop:.0%}" for drop in drops])
 left.legend(loc="lower center", ncols=2, fontsize=8)
 right.plot(drops, curves.loc["MAGIC"]["R2"].clip(-2), marker="o", color=plot.HELPFUL)
 right.axhline(0, color=plot.NEUTRAL, linewidth=1)
-right.set(
-    xscale="log",
-    ylim=(-2.1, 1.1),
-    xlabel="share of the data removed",
-    ylabel="R² of MAGIC (cut at −2)",
-    title="Sizes",
-)
-right.set_xticks(drops, [f"{drop:.0%}" for drop in drops])
+right.set(xscale="log", ylim=(-2.1, 1.1), xlabel="share of the data removed", ylabel="R² of MAGIC (cut at −2)", title="Sizes")
+right.set_xticks(drops, [f"{drop:.0%}" for drop in drops]);
+
 # %%
 ours = curves.loc["MAGIC"]
 claim("LDS at least .99 at 1 % and .98 at 5 %", ours["LDS"][0.01] >= 0.99 and ours["LDS"][0.05] >= 0.98)
-claim(
-    "MAGIC ranks best at each of the six sizes",
-    all(curves["LDS"].xs(d, level="drop").idxmax() == "MAGIC" for d in drops),
-)
+claim("MAGIC ranks best at each of the six sizes", all(curves["LDS"].xs(d, level="drop").idxmax() == "MAGIC" for d in drops))
 claim("sizes are right for small sets: R² above .8 at 1 %", ours["R2"][0.01] > 0.8)
 claim("and wrong for large ones: R² below 0 at 50 %", ours["R2"][0.5] < 0)
 
@@ -246,10 +232,7 @@ single
 # %%
 gentle = run_with(rate=0.05, epochs=10)
 half_learned = magic.attribute(gentle, measure, progress=False)
-slopes = [
-    r.slope[0]
-    for r in (single, magic.leave_one_out(half_learned, 30, bank=bank_of(gentle, "gentle"), progress=False))
-]
+slopes = [r.slope[0] for r in (single, magic.leave_one_out(half_learned, 30, bank=bank_of(gentle, "gentle"), progress=False))]
 claim("in our run the true effects are larger than predicted, by 5 to 35 %", 1.05 < slopes[0] < 1.35)
 claim("in the gentler one the slope of true on predicted is 1 within 5 %", abs(slopes[1] - 1) < 0.05)
 
@@ -274,17 +257,13 @@ ax.plot(counts, usual.mean(1), marker="o", color=plot.NEUTRAL, label="at random,
 ax.axhline(before, color=plot.NEUTRAL, linewidth=1, zorder=0)
 ax.set(xlabel="images removed", ylabel="loss of the test image", xscale="log", title="Taking away what helps")
 ax.set_xticks(counts, counts)
-ax.legend()
+ax.legend();
+
 # %%
 rise, said = (part[:, hardest] - helpful.baseline[hardest] for part in (helpful.true, helpful.predicted))
-claim(
-    "the more of the helpful images go, the more the loss rises",
-    bool((rise.diff() > 0).all() and rise[0] > 0),
-)
+claim("the more of the helpful images go, the more the loss rises", bool((rise.diff() > 0).all() and rise[0] > 0))
 claim("one or two: predicted to a fifth", bool(((said / rise - 1).abs()[:2] < 0.2).all()))
-claim(
-    "fifty random ones matter less than five helpful ones", bool((usual[-1] - before).abs().max() < rise[2])
-)
+claim("fifty random ones matter less than five helpful ones", bool((usual[-1] - before).abs().max() < rise[2]))
 
 # %% [markdown]
 # ## 6 · How much is the seed?
@@ -306,14 +285,11 @@ everything = torch.ones(1, len(x))
 def outcomes(run, name):
     """(21, K): nothing removed, then twenty sets."""
     rows = torch.cat([everything, removed])
-    return magic.counterfactual.outputs(run, measure, rows, bank=bank_of(run, name), progress=False).cpu()
+    return magic.outputs(run, measure, rows, bank=bank_of(run, name), progress=False).cpu()
 
 
 own = outcomes(run, "ours")
-others = {
-    kind: torch.stack([outcomes(run, f"{kind} {i}") for i, run in enumerate(runs)])
-    for kind, runs in kinds.items()
-}
+others = {kind: torch.stack([outcomes(run, f"{kind} {i}") for i, run in enumerate(runs)]) for kind, runs in kinds.items()}
 
 # %% [markdown]
 # First: how much of a loss is seed, and how much is data? The standard deviation of the ten losses over the runs, nothing
@@ -322,18 +298,14 @@ others = {
 # %% tags=["nbval-ignore-output"]
 spread = {f"other {kind}": found[:, 0].std(0) for kind, found in others.items()}
 spread["5 % removed"] = (own[1:] - own[0]).std(0)
-frame = pd.DataFrame({name: value.tolist() for name, value in spread.items()}).melt(
-    var_name="", value_name="standard deviation of the loss"
-)
+frame = pd.DataFrame({name: value.tolist() for name, value in spread.items()}).melt(var_name="", value_name="standard deviation of the loss")
 ax = plt.subplots(figsize=(6, 2.6))[1]
 sns.stripplot(frame, x="standard deviation of the loss", y="", hue="", palette="colorblind", size=5, ax=ax)
-ax.set(xscale="log", title="What the seed does, and what the data does")
+ax.set(xscale="log", title="What the seed does, and what the data does");
+
 # %%
 moved = {name: value.mean().item() for name, value in spread.items()}
-claim(
-    "start and order move the losses at least twice as much as removing 5 % does",
-    moved["other both"] > 2 * moved["5 % removed"],
-)
+claim("start and order move the losses at least twice as much as removing 5 % does", moved["other both"] > 2 * moved["5 % removed"])
 
 # %% [markdown]
 # Second: our scores, of our run, against the *changes* in the other runs. (The LDS across seeds. For GPT-2, a peer reports .83
@@ -348,15 +320,9 @@ def across(found):
     return sum(results) / len(results)
 
 
-survives = {
-    "our run": across(own[None]),
-    **{f"other {kind}": across(found) for kind, found in others.items()},
-}
+survives = {"our run": across(own[None]), **{f"other {kind}": across(found) for kind, found in others.items()}}
 claim("within our run, at least .95", survives["our run"] >= 0.95)
-claim(
-    "across seeds less, but the most of it",
-    all(0.4 < value < survives["our run"] for kind, value in survives.items() if kind != "our run"),
-)
+claim("across seeds less, but the most of it", all(0.4 < value < survives["our run"] for kind, value in survives.items() if kind != "our run"))
 
 # %% tags=["nbval-ignore-output"]
 pd.Series(survives, name="LDS").round(3).to_frame()
@@ -402,26 +368,16 @@ deep_targets = x2_test[:10], y2_test[:10]
 estimates = {
     "MAGIC": [deep_exact],
     "TRAK": [baselines.trak(deep, deep_targets, [deep_final], dim=dim) for dim in (256, 512)],
-    "EK-FAC": [
-        baselines.ekfac(deep, deep_targets, deep_final, damping=damping) for damping in (None, 1e-3, 1e-2)
-    ],
-    "similarity": [
-        baselines.gradient_similarity(deep, deep_targets, deep_final, cosine=c) for c in (False, True)
-    ],
+    "EK-FAC": [baselines.ekfac(deep, deep_targets, deep_final, damping=damping) for damping in (None, 1e-3, 1e-2)],
+    "similarity": [baselines.gradient_similarity(deep, deep_targets, deep_final, cosine=c) for c in (False, True)],
 }
 deep_judged = {}
 for name, given in estimates.items():
-    results = [
-        magic.lds(deep_exact.like(s.values), drop=0.01, subsets=60, bank=deep_bank, progress=False)
-        for s in given
-    ]
+    results = [magic.lds(deep_exact.like(s.values), drop=0.01, subsets=60, bank=deep_bank, progress=False) for s in given]
     deep_judged[name] = max(results, key=lambda result: result.mean)
 claim("MAGIC's LDS at 1 % is at least .97", deep_judged["MAGIC"].mean >= 0.97)
 claim("its R² at least .9", deep_judged["MAGIC"].r2[0] >= 0.9)
-claim(
-    "no other method's LDS reaches .8",
-    max(r.mean for name, r in deep_judged.items() if name != "MAGIC") < 0.8,
-)
+claim("no other method's LDS reaches .8", max(r.mean for name, r in deep_judged.items() if name != "MAGIC") < 0.8)
 
 # %% tags=["nbval-ignore-output"]
 print(f"{kind}: {accuracy:.1%} right")
@@ -443,7 +399,7 @@ print(f"{len(bank):,} trainings of our run are in the bank")
 # %%
 rows, kept = bank.rows()
 some = [0, 200, 400]
-again = torch.stack([magic.retraining.retrained(run, measure, rows[i]).double().cpu() for i in some])
+again = torch.stack([magic.outputs(run, measure, rows[i]).double().cpu() for i in some])
 far = ((again - kept[some]).abs() / kept.std(0)).max().item()
 claim("made again, they agree to a hundredth of the outputs' standard deviation", far < 0.01)
 

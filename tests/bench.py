@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import magic
-from magic import data, models
-from magic.record import checksums
-
-from . import peers
-from .cases import loss as classify
+from magic.book import data, models
+from magic.training.record import checksums
+from tests import peers
+from tests.support.cases import loss as classify
 
 
 @dataclass

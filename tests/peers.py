@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .unroll import unroll
+from tests.support.unroll import unroll
 
 
 def jobs(work, targets: list[int]) -> dict[tuple[str, int], Callable]:
@@ -37,7 +37,7 @@ def jobs(work, targets: list[int]) -> dict[tuple[str, int], Callable]:
 
 
 def full_unroll(work, targets: int) -> Tensor:
-    """One autograd graph over the whole run (tests/unroll.py)."""
+    """One autograd graph over the whole run (tests/support/unroll.py)."""
     model = copy.deepcopy(work.model)
     optimizer = work.optimizer(model)
     weights = torch.ones(len(work.data[0]))

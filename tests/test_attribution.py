@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import magic
-
-from . import cases
+from tests.support import cases
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_the_same_scores_in_another_process(name, request):
     run, *_ = cases.build(name)
     here = magic.fingerprint(magic.attribute(run, cases.measure_on(*run.data), progress=False).values)
     code = (
-        "import torch, magic; torch.set_num_threads(1)\nfrom tests import cases\n"
+        "import torch, magic; torch.set_num_threads(1)\nfrom tests.support import cases\n"
         f"run = cases.build({name!r})[0]\n"
         "print(magic.fingerprint(magic.attribute(run, cases.measure_on(*run.data), progress=False).values))"
     )

@@ -1,0 +1,289 @@
+"""The adjoint of one training step: pull K cotangents back through it.
+
+REPLAY (Engstrom et al. 2025, arXiv 2503.13751), section 3. One step is s' = U(s, g), with U the
+optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' is pulled back in two pulls:
+
+1. through U, which is elementwise (`training.optim_adjoint`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
+2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
+                                      (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
+
+The second is autograd over the very function that training calls, reverse over reverse: the step is
+traced once (`trace`), and the pull through the trace is batched over targets by `torch.vmap`. Where
+PyTorch has no second derivative of an operation, or a slow one, another takes its place
+(`magic.kernels.replace`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.graph import graph_nodes
+from ..kernels.replace import differentiable
+from ..kernels.stop_gradients import Stops
+from ..training.optim_adjoint import ADJOINTS, Pull
+from ..training.record import Passed
+from ..training.run import Run
+from ..training.state import Cotangent, State
+
+
+class NotDifferentiable(RuntimeError):
+    """A part of the run or of the measure has no derivative PyTorch can give; the message names it."""
+
+
+CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
+CUTS = ("optimize a non-leaf Tensor", "a leaf Variable that requires grad", "support the deepcopy protocol")
+BLOCK = 4  # targets that go through the optimizer's update at once, at least: its calls are short
+
+
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fresh leaves to differentiate with respect to."""
+    return {k: x.detach().requires_grad_() for k, x in tensors.items()}
+
+
+def pull(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: Callable[[slice], list[Tensor]],
+    count: int,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Vector-Jacobian products for `count` targets, at most `chunk` of them in flight at once.
+
+    cotangents   rows of targets -> their cotangents, (rows, *output) for each output; asked for once
+    yields       rows, and their products, (rows, *input) for each input
+
+    Where an operation cannot be batched, warns with its name and goes on one by one.
+    """
+    used = {i for i, y in enumerate(outputs) if y.requires_grad}
+    outputs = [y for i, y in enumerate(outputs) if i in used]
+
+    def vjp(*rows):
+        return torch.autograd.grad(
+            outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def together(rows: slice, given: list[Tensor]):
+        if rows.stop - rows.start > 1:
+            try:
+                with _no_slow_batching():
+                    yield rows, torch.vmap(vjp)(*given)
+                return
+            except RuntimeError as error:
+                if "vmap" not in str(error) and "atch" not in str(error):
+                    raise
+                warnings.warn(
+                    f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=4
+                )
+        for i in range(rows.stop - rows.start):
+            k = rows.start + i
+            yield slice(k, k + 1), tuple(x.unsqueeze(0) for x in vjp(*(c[i] for c in given)))
+
+    for block in _parts(0, count, max(chunk, BLOCK)):
+        given = [c for i, c in enumerate(cotangents(block)) if i in used]
+        for rows in _parts(block.start, block.stop, chunk):
+            here = slice(rows.start - block.start, rows.stop - block.start)
+            yield from together(rows, [c[here] for c in given])
+
+
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start … stop in pieces of about one length, at most `size`."""
+    count = -(-(stop - start) // size)
+    for i in range(count):
+        yield slice(start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
+
+
+@contextlib.contextmanager
+def _no_slow_batching():
+    """An operation that vmap has no batching rule for raises, instead of being looped over in silence."""
+    functorch = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
+
+
+@contextlib.contextmanager
+def refusing(where: str):
+    """Turn autograd's refusals into NotDifferentiable, with the operation that PyTorch names.
+
+    A Function marked once_differentiable is not among them: autograd cuts its graph without a word,
+    and `magic.engine.witness` finds it.
+    """
+    try:
+        yield
+    except NotDifferentiable:
+        raise
+    except (RuntimeError, ValueError) as error:
+        what = str(error)
+        if "_Stop is a view" in what:
+            raise NotDifferentiable(
+                f"{where}: something is written in place through .data or detach(), behind autograd's back; "
+                "write x + (new - x).detach() in its place, or do it in the optimizer"
+            ) from error
+        if any(sign in what for sign in CUTS):
+            raise NotDifferentiable(
+                f"{where}: it writes into parameters, as an optimizer or load_state_dict does, and so cuts "
+                "their history. Make new tensors, with torch.autograd.grad(..., create_graph=True), and call "
+                "torch.func.functional_call(model, tensors, inputs)"
+            ) from error
+        if isinstance(error, ValueError) or not ("derivative" in what or "differentia" in what):
+            raise
+        raise NotDifferentiable(
+            f"{where}: {what.rstrip('.')}. The derivative of a training step is a second derivative of "
+            "the model; use an operation that has one"
+        ) from error
+
+
+def own_functions(tensors: list[Tensor]) -> str:
+    """The names of the user's autograd Functions in the graphs of these tensors, comma-separated."""
+    own = torch.autograd.function.BackwardCFunction
+    names = {node.name(): True for node in graph_nodes(tensors) if isinstance(node, own)}
+    return ", ".join(name for name in names if not name.startswith("_"))
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Step t with the graph of its gradient: all that its pull needs.
+
+    state           s_t
+    params, buffers, weight   the leaves of the graph
+    grads           name -> gradient, of the parameters that the step uses
+    buffers_after   the buffers of s_{t+1}, as functions of the leaves
+    after           s_{t+1}, or None where it was not asked for
+    escaped         ways on which a number that depends on the parameters may have left the graph
+    same_bits       the gradients are training's own to the bit
+    """
+
+    state: State
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    weight: Tensor
+    grads: dict[str, Tensor]
+    buffers_after: dict[str, Tensor]
+    after: State | None
+    escaped: tuple[str, ...] = ()
+    same_bits: bool = True
+
+
+def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
+    """Do step t with its gradient's own graph recorded; with `step`, go on to s_{t+1}.
+
+    s_{t+1} has training's bits: the graph is recorded around the operations that training uses. Only
+    where an expression with other bits stood in for one is the step done once more, as in training.
+    The total loss is compared with the one that training `passed` here.
+    """
+    t = state.step
+    with torch.enable_grad(), refusing(f"step {t}"):
+        params = _leaves(state.params)
+        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in run.moved(state)})
+        weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
+        gradient = run.gradient(params, buffers, weight, t, create_graph=True)
+    after, same_bits = None, gradient.same_bits
+    if step and same_bits:
+        after = run.moved_on(state, weight.detach(), gradient, passed)
+    elif step:
+        after = run.step(state, weights, passed)
+    elif passed is not None:
+        total = gradient.total.item() if same_bits else run.total(state, weights)
+        passed.witness(t, total)
+    grads = {name: g for name, g in gradient.by_name.items() if g is not None}
+    return Traced(state, params, buffers, weight, grads, gradient.buffers, after, gradient.escaped, same_bits)
+
+
+def step_vjp(
+    run: Run, state: State, cotangent: Cotangent, weights: Tensor, *, chunk: int = CHUNK
+) -> tuple[Cotangent, Tensor]:
+    """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
+
+    cotangent  that of s_{t+1}; each tensor has a leading axis K
+    chunk      how many of the K targets are pulled back at once
+    returns    ∂φ/∂s_t in the same form, of the buffers only those that depend on the weights by then,
+               and what the step adds to ∂φ/∂w: (K, B), for batches[t]
+    """
+    traced = trace(run, state, weights, step=False)
+    return traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
+
+
+def traced_vjp(
+    run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK
+) -> tuple[Cotangent, Tensor]:
+    """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up."""
+    state, t, moved = traced.state, traced.state.step, run.moved(traced.state)
+    updates = _adjoints(run, traced)
+    inputs = [*traced.params.values(), *(traced.buffers[name] for name in moved), traced.weight]
+    outputs = [*traced.grads.values(), *(traced.buffers_after[name] for name in cotangent.buffers)]
+    count = len(next(iter(cotangent.params.values())))
+    to_buffers = {k: state.buffers[k].new_empty(count, *state.buffers[k].shape) for k in moved}
+    scores = traced.weight.new_empty(count, len(traced.weight))
+    fresh = [*to_buffers.values(), scores]
+
+    def through_the_update(rows: slice) -> list[Tensor]:
+        """The first pull, in place on these rows of the cotangent; returns what reaches the outputs."""
+        to_grads = []
+        for name, update in updates.items():
+            slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
+            to_grads.append(update({"param": cotangent.params[name][rows], **slots}))
+        return to_grads + [c[rows] for c in cotangent.buffers.values()]
+
+    with torch.enable_grad(), refusing(f"step {t}"):
+        for rows, products in pull(outputs, inputs, through_the_update, count, chunk):
+            for name, product in zip(traced.params, products, strict=False):
+                cotangent.params[name][rows].add_(product)
+            for x, product in zip(fresh, products[len(traced.params) :], strict=True):
+                x[rows] = product
+    before = {
+        name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
+        for name, slots in state.slots.items()
+    }
+    return Cotangent(cotangent.params, to_buffers, before, t), scores
+
+
+def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
+    """The adjoint of each parameter's update, at the traced gradients; a plan does not change its bits."""
+    adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
+    after = traced.after.slots if traced.after and traced.same_bits else {}
+    return {
+        k: adjoint(state.params[k], g.detach(), state.slots[k], hyper[run.group_of[k]], after.get(k))
+        for k, g in traced.grads.items()
+    }
+
+
+def measure_vjp(
+    run: Run, state: State, measure: Callable, rows: slice | None = None, chunk: int = CHUNK
+) -> Cotangent:
+    """Δ_T = ∂φ/∂s_T for the K numbers that measure(model) returns, or those in `rows`: (K, ...) tensors."""
+    moved = run.moved(state)
+    with torch.enable_grad(), refusing("measure"):
+        params = _leaves(state.params)
+        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
+        with differentiable(), Stops(cuts=False):
+            outputs = run.measured(measure, params, buffers)
+        if not outputs.requires_grad:
+            raise NotDifferentiable(
+                "measure does not depend on the model by any differentiable path; look for argmax, "
+                "rounding or .item() in it, for .backward() (use torch.autograd.grad with "
+                "create_graph=True), or a model from outside. A loss or a margin has a derivative, an "
+                "accuracy has none"
+            )
+        inputs = [*params.values(), *(buffers[name] for name in moved)]
+        one_each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[rows or slice(None)]
+        pulled = [x.new_empty(len(one_each), *x.shape) for x in inputs]
+        count = len(one_each)
+        for some, products in pull([outputs], inputs, lambda some: [one_each[some]], count, chunk):
+            for x, product in zip(pulled, products, strict=True):
+                x[some] = product
+    to_params = dict(zip(params, pulled[: len(params)], strict=True))
+    to_buffers = dict(zip(moved, pulled[len(params) :], strict=True))
+    to_slots = {
+        name: {k: x.new_zeros(len(one_each), *x.shape) for k, x in slots.items() if x.is_floating_point()}
+        for name, slots in state.slots.items()
+    }
+    return Cotangent(to_params, to_buffers, to_slots, state.step)

@@ -1,0 +1,211 @@
+"""How far can the scores be trusted? What a replay saw on its way back.
+
+The derivative is exact wherever the replay did not stop. Whether it predicts is another question, and
+the size of the cotangent along the run gives a first answer: where ∂φ/∂params grows or shrinks by many
+powers of ten between the end of training and its start, examples of some steps count as nothing beside
+those of others, a small change at one step is amplified at every later one, and float32 carries little.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..show import Table
+
+DECADES = 6.0  # powers of ten; float32 carries seven
+SMALL = 0.05  # a share of the data that a tangent should at least be good for
+SURE = 0.1  # a slope that is known to a tenth of itself can be told from a wrong one
+SAMPLES = 64  # steps of a run at which the cotangent is measured
+GROWS = (
+    "growing on the way back: a small change at an early step is amplified at every later one, and the "
+    "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother network help"
+)
+SHRINKS = (
+    "shrinking on the way back: the training forgets its first steps, so examples seen only there count as "
+    "nothing. In a training that converges this is as it should be"
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Health(Table):
+    """What a replay saw.
+
+    sizes      (t, K norms of ∂φ/∂params_t), last step first
+    verified   how many recomputed states were compared with training's
+    trusted    the share of the data beyond which the tangent's turning spoils its ranking of random removals,
+               as `magic.curvature` found it; None if it was not asked
+    witnessed  step -> relative difference between the derivative of the step and a finite difference of
+               it; None where none was steady. The measure's is under the key T
+    """
+
+    steps: int
+    sizes: tuple[tuple[int, tuple[float, ...]], ...]
+    verified: int
+    witnessed: dict[int, float | None]
+    trusted: float | None = None
+
+    def note(self) -> dict:
+        """What JSON can keep of it; `of` reads it."""
+        return vars(self) | {"witnessed": list(self.witnessed.items())}
+
+    @classmethod
+    def of(cls, note: dict) -> Health:
+        """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
+        sizes = tuple((int(t), tuple(map(float, row))) for t, row in note["sizes"])
+        witnessed = {int(t): None if d is None else float(d) for t, d in note["witnessed"]}
+        trusted = None if note["trusted"] is None else float(note["trusted"])
+        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, trusted)
+
+    @property
+    def decades(self) -> tuple[float, ...]:
+        """(K,): powers of ten between the largest and the smallest cotangent along the run."""
+        columns = zip(*(row for _, row in self.sizes), strict=True)
+        return tuple(math.log10(max(c) / min(c)) if min(c) > 0 else math.inf for c in columns)
+
+    @property
+    def wide(self) -> list[int]:
+        """The targets whose cotangent sweeps more than `DECADES` powers of ten."""
+        return [k for k, d in enumerate(self.decades) if d > DECADES]
+
+    @property
+    def problems(self) -> list[str]:
+        """What speaks against these scores, in sentences; empty if nothing does."""
+        found = self._swept
+        unsteady = [t for t, difference in self.witnessed.items() if difference is None]
+        if unsteady:
+            found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
+        if self.trusted is not None and self.trusted < SMALL:
+            found.append(
+                f"the derivative turns so fast that it can rank removals of {self.trusted:.1%} of "
+                'the data at most; take it at the centre (at="centre", drop=...) or train more smoothly'
+            )
+        return found
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether nothing speaks against the scores; None where nothing was checked."""
+        if self.problems:
+            return False
+        return True if self.verified or any(d is not None for d in self.witnessed.values()) else None
+
+    def warn(self) -> None:
+        """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
+        if self.wide:
+            warnings.warn("; ".join(self._swept), stacklevel=4)
+
+    def plot(self, targets: int | Sequence[int] | None = None, ax=None):
+        """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
+        from ..book.plot import cotangent_sizes
+
+        return cotangent_sizes(self, targets, ax)
+
+    @property
+    def _swept(self) -> list[str]:
+        """What it means that cotangents grow by many decades on the way back, or that they shrink."""
+        found = []
+        for grows, meaning in ((True, GROWS), (False, SHRINKS)):
+            these = [k for k in self.wide if (self.sizes[-1][1][k] > self.sizes[0][1][k]) == grows]
+            if these:
+                worst = max(self.decades[k] for k in these)
+                sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
+                found.append(
+                    f"the derivative of {len(these)} of {len(self.decades)} targets, the first {these[0]}, "
+                    f"{sweep} along the run, {meaning}"
+                )
+        return found
+
+    def _where(self, t: int) -> str:
+        return "the measure" if t == self.steps else f"step {t}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """A table: what was looked at, and what was seen."""
+        known = [(t, d) for t, d in self.witnessed.items() if d is not None]
+        worst = max(known, key=lambda pair: pair[1], default=None)
+        swept = self.decades
+        return [
+            (
+                "cotangent sweeps",
+                f"{min(swept):.1f} … {max(swept):.1f} powers of ten along the run"
+                if swept
+                else "not measured",
+            ),
+            ("states compared", f"{self.verified:,} recomputed states had training's bits"),
+            (
+                "derivatives compared",
+                f"{len(known)} with finite differences"
+                + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
+            ),
+            *(
+                []
+                if self.trusted is None
+                else [("not to be trusted for removals", f"beyond {self.trusted:.1%}")]
+            ),
+            ("problems", "; ".join(self.problems) or "none seen"),
+        ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Table):
+    """What trainings along one random direction say of the scores.
+
+    predicted, true  (K,): the slope of each output by the scores, and by finite differences
+    doubt            (K,): how far curvature and rounding may have moved the finite difference
+    steps            every ε that was tried, the largest first; each is a pair of trainings
+    """
+
+    predicted: Tensor
+    true: Tensor
+    doubt: Tensor
+    steps: tuple[float, ...]
+
+    def note(self) -> dict:
+        """What JSON can keep of it; `of` reads it."""
+        return {
+            name: list(map(float, getattr(self, name))) for name in ("predicted", "true", "doubt", "steps")
+        }
+
+    @classmethod
+    def of(cls, note: dict) -> Verification:
+        """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
+        numbers = [torch.tensor(note[name], dtype=torch.float64) for name in ("predicted", "true", "doubt")]
+        if len({x.shape for x in numbers}) > 1 or numbers[0].dim() != 1:
+            raise ValueError("its verification has unequal lengths")
+        return cls(*numbers, tuple(map(float, note["steps"])))
+
+    @property
+    def resolved(self) -> Tensor:
+        """(K,): whether the finite difference is sharp enough to judge this target."""
+        return self.doubt <= SURE * torch.maximum(self.true.abs(), self.predicted.abs())
+
+    @property
+    def agree(self) -> Tensor:
+        """(K,): whether scores and trainings differ by no more than the doubt, or cannot be told apart."""
+        return ((self.predicted - self.true).abs() <= self.doubt) | ~self.resolved
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether every target that can be judged agrees; None where there is none."""
+        if not self.agree.all():
+            return False
+        return True if self.resolved.any() else None
+
+    @property
+    def caption(self) -> str:
+        return f"The whole derivative against {2 * len(self.steps)} trainings"
+
+    def rows(self) -> list[tuple[str, str]]:
+        known = self.resolved
+        moved = ", ".join(f"±{step:g}" for step in self.steps)
+        gap = (self.predicted - self.true).abs() / self.true.abs().clamp_min(1e-300)
+        worst = f"{gap[known].max().item():.0e}" if known.any() else "not known"
+        return [
+            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by {moved}"),
+            ("largest difference", f"{worst}, relative to the slope"),
+            ("verdict", {True: "agrees", False: "DIFFERS", None: "cannot tell"}[self.ok]),
+        ]

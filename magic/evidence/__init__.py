@@ -1,0 +1,12 @@
+"""Evidence: is the prediction true? Train again, and see.
+
+retraining     the run without some examples
+bank           outputs of retrained models, kept in a file
+outputs        many retrainings, on all cores, none of them twice
+comparison     predicted against true: the linear datamodeling score, leave-one-out, intervals
+verification   the whole derivative against a few trainings
+optimality     how far the prediction is from the best linear one
+curvature      how far the tangent reaches
+smoothness     how smooth a run is in its weights
+baselines      TRAK, EK-FAC and similarity, for comparison
+"""

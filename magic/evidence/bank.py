@@ -1,0 +1,355 @@
+"""A bank of retrained models' outputs: what was computed once is never computed again.
+
+A SQLite file holds a row for each training: its data weights and what was measured of the model that
+came out. A row is written when its training is done, whole or not at all, so a sweep that was killed
+goes on where it was, and several processes may work on one file.
+
+Rows belong to a run, a measure and a way of removing: the identity of run and measure, their code
+among it, the bits of the first step and of what is measured at the start make the key. Rows of others
+may lie in the same file and are never served. On another machine the bits are others; there `adopt`
+takes rows over after training some of them again. Each row carries a digest of its bits and is compared
+with it, and must be finite, whenever it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.replay import measured_outputs
+from ..identity import fingerprints
+from ..identity.parts import Identity, changed, of_callable, refusal
+from ..show import needs
+from ..training import determinism
+from ..training.run import Run
+from .retraining import retrained
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS banks (key TEXT PRIMARY KEY, about TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS outputs (
+    key TEXT NOT NULL, id TEXT NOT NULL, weights BLOB NOT NULL, outputs BLOB NOT NULL,
+    made TEXT NOT NULL, PRIMARY KEY (key, id)
+);
+CREATE TABLE IF NOT EXISTS parts (key TEXT PRIMARY KEY, since TEXT NOT NULL, parts TEXT NOT NULL);
+"""
+COLUMNS = "rowid, key, id, weights, outputs, made"
+PATIENCE = 60.0  # seconds to wait for another process that writes
+
+
+class Bank:
+    """Outputs of one run's retrained models, in the file `path`.
+
+    how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain)
+    name  what `adopt` tells runs apart by that differ in their seeds only
+    trust  where code cannot be known whole (a C extension, a call of eval), the names of these parts, or
+           True: the reader vouches that they stay what they are
+
+    Raises ValueError for a file that is no bank, for a run or measure that cannot be known whole, and
+    TimeoutError for a file that stays locked.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        run: Run,
+        measure: Callable,
+        *,
+        how: str = "weight",
+        name: str = "",
+        trust: bool | Iterable[str] = False,
+    ):
+        self.path, self.run, self.measure, self.how = os.fspath(path), run, measure, how
+        self._memory = sqlite3.connect(":memory:") if self.path == ":memory:" else None
+        self.trust = True if self._memory else trust if isinstance(trust, (bool, str)) else list(trust)
+        self.identity = _identity(run, measure)
+        if names := changed(self.identity, self.identity.parts, self.trust):
+            out = "Write them so that their code can be read"
+            what = f"{self.path}: a bank would serve its rows after an edit that it cannot see"
+            raise ValueError(refusal(what, names, None, out, self.identity.unknown))
+        with determinism.alone():
+            start = measured_outputs(run, run.initial, measure, finite=False)
+            first = run.step(run.initial, run.weights()).fingerprint()
+        self.about = {
+            "n": run.n,
+            "steps": run.steps,
+            "targets": len(start),
+            "rule": run.rule.__name__,
+            "normalize": run.normalize,
+            "how": how,
+            "name": name,
+        }
+        parts = sorted(self.identity.parts.items())
+        self.key = fingerprints.digest(repr([parts, first, fingerprints.fingerprint(start), how]))
+        with self._open() as file:
+            file.executescript(TABLES)
+            file.execute("INSERT OR IGNORE INTO banks VALUES (?, ?)", (self.key, json.dumps(self.about)))
+            row = (self.key, time.strftime("%Y-%m-%d %H:%M:%S"), json.dumps(self.identity.parts))
+            file.execute("INSERT OR IGNORE INTO parts VALUES (?, ?, ?)", row)
+
+    def serves(self, run: Run, measure: Callable) -> None:
+        """Raise ValueError unless this bank is of this run and measure as they are now."""
+        here = _identity(run, measure)
+        names = changed(here, self.identity.parts, self.trust)
+        if not names and (run is self.run or Bank(":memory:", run, measure, how=self.how).key == self.key):
+            return
+        out = "Make magic.Bank(path, run, measure) of those that are to be retrained and measured"
+        what = f"{self.path}: the bank is of another run or measure"
+        raise ValueError(refusal(what, names or ["the first step or the start"], None, out, here.unknown))
+
+    def others(self) -> list[str]:
+        """For each other run or measure with rows in the file: how many, since when, and what differs."""
+        with self._open() as file:
+            query = "SELECT count(*), since, parts FROM outputs JOIN parts USING (key)"
+            found = file.execute(f"{query} WHERE key != ? GROUP BY key", (self.key,)).fetchall()
+        told = []
+        for count, since, parts in found:
+            there = json.loads(parts)
+            names = [
+                k for k in {**self.identity.parts, **there} if self.identity.parts.get(k) != there.get(k)
+            ]
+            told.append(
+                f"{count} rows since {since}, before a change of {'; '.join(names) or 'the numerics'}"
+            )
+        return told
+
+    def __repr__(self) -> str:
+        rest = "".join(f"\n  others: {told}" for told in self.others())
+        return f"Bank({self.path!r}, {len(self)} rows){rest}"
+
+    def __len__(self) -> int:
+        with self._open() as file:
+            return file.execute("SELECT count(*) FROM outputs WHERE key = ?", (self.key,)).fetchone()[0]
+
+    def get(self, weights: Tensor) -> Tensor | None:
+        """(K,) outputs of the model trained with these (n,) weights, or None if they are not known.
+
+        Raises ValueError for a row that is damaged.
+        """
+        with self._open() as file:
+            query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? AND id = ?"
+            row = file.execute(query, (self.key, _id(self._exact(weights)))).fetchone()
+        return None if row is None else self._checked(row)[1]
+
+    def put(self, weights: Tensor, outputs: Tensor) -> None:
+        """Keep the (K,) outputs of the model trained with these (n,) weights."""
+        if outputs.shape != (self.about["targets"],) or weights.shape != (self.run.n,):
+            raise ValueError(
+                f"outputs have shape {tuple(outputs.shape)} and weights {tuple(weights.shape)}; this bank's "
+                f"are ({self.about['targets']},) and ({self.run.n},)"
+            )
+        if not outputs.isfinite().all():
+            raise ValueError(f"outputs are not finite: {outputs[~outputs.isfinite()][0].item()}")
+        numbers = outputs.detach().cpu().numpy().astype("<f8").tobytes()
+        exact = self._exact(weights)
+        row = (self.key, _id(exact), _pack(exact), numbers)
+        made = determinism.numerics() | {"digest": _digest(*row)}
+        with self._open() as file:
+            file.execute("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, json.dumps(made)))
+
+    def forget(self, weights: Tensor) -> None:
+        """Remove the row of these (n,) weights, if there is one."""
+        row = (self.key, _id(self._exact(weights)))
+        with self._open() as file:
+            file.execute("DELETE FROM outputs WHERE key = ? AND id = ?", row)
+
+    def repair(self) -> int:
+        """Remove this bank's damaged rows, which will be trained again; returns how many."""
+        with self._open() as file:
+            query = f"SELECT {COLUMNS} FROM outputs WHERE key = ?"
+            found = file.execute(query, (self.key,)).fetchall()
+            bad = [(row[0],) for row in found if _damage(row, self.run.n, self.about["targets"])]
+            file.executemany("DELETE FROM outputs WHERE rowid = ?", bad)
+        return len(bad)
+
+    def _exact(self, weights: Tensor) -> Tensor:
+        """The weights as the run takes them: in float32 where that holds their bits, else in float64."""
+        weights = weights.detach().cpu()
+        if self.run.dtype == torch.float64 and weights.dtype == torch.float64:
+            return weights.float() if torch.equal(weights.float().double(), weights) else weights
+        return weights.float()
+
+    def _checked(self, row: tuple, sealed: bool = True) -> tuple[Tensor, Tensor]:
+        """(n,) weights and (K,) outputs of a row of the file; ValueError if it is damaged."""
+        if why := _damage(row, self.run.n, self.about["targets"], sealed):
+            raise ValueError(
+                f"{self.path}: row {row[0]} is damaged: {why}. bank.repair() removes this bank's damaged "
+                "rows, to be trained again; or give another file"
+            )
+        return _unpack(row[3], self.run.n), _numbers(row[4], "<f8")
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(S, n) weights and (S, K) outputs of all trainings that are known, in the order they came."""
+        return self._rows(self.key)
+
+    def frame(self):
+        """A DataFrame with a row for each training and target: how many were removed, and the output."""
+        pd = needs("pandas", "notebooks")
+        with self._open() as file:
+            return _frame(pd, self.path, file, "WHERE key = ?", self.key)
+
+    def adopt(self, check: int = 2, tolerance: float = 1e-2) -> int:
+        """Take over rows that another machine computed for this run, by name and sizes; returns how many.
+
+        `check` of them, drawn at random, are trained here. All their outputs must agree to `tolerance`, in
+        units of how each output is spread over the bank (by its median absolute deviation, so that one
+        wild row does not count); else ValueError.
+        """
+        with self._open() as file:
+            found = file.execute(
+                "SELECT key FROM banks WHERE about = ?", (json.dumps(self.about),)
+            ).fetchall()
+        taken = 0
+        for (key,) in found:
+            if key == self.key:
+                continue
+            weights, outputs = self._rows(key, sealed=False)
+            if len(weights) < 3:
+                continue
+            self._compare(key, weights, outputs, check, tolerance)
+            for w, out in zip(weights, outputs, strict=True):
+                self.put(w, out)
+            taken += len(weights)
+        return taken
+
+    def _compare(self, key: str, weights: Tensor, outputs: Tensor, check: int, tolerance: float) -> None:
+        drawn = torch.Generator().manual_seed(int(fingerprints.digest(key)[:15], 16))
+        for s in torch.randperm(len(weights), generator=drawn)[:check].tolist():
+            here = retrained(self.run, self.measure, weights[s], self.how).double().cpu()
+            far = ((here - outputs[s]).abs() / _spread(outputs, self.run.dtype)).max().item()
+            if not far <= tolerance:
+                raise ValueError(
+                    f"{self.path}: training number {s} of the bank, trained again here, differs by {far:.2g} "
+                    f"of what the outputs are spread, more than {tolerance:g}. It is of another run"
+                )
+
+    def _rows(self, key: str, sealed: bool = True) -> tuple[Tensor, Tensor]:
+        with self._open() as file:
+            query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? ORDER BY rowid"
+            rows = [self._checked(row, sealed) for row in file.execute(query, (key,)).fetchall()]
+        if not rows:
+            return torch.empty(0, self.run.n), torch.empty(0, self.about["targets"], dtype=torch.float64)
+        weights, outputs = zip(*rows, strict=True)
+        if len({w.dtype for w in weights}) > 1:
+            weights = [w.double() for w in weights]
+        return torch.stack(list(weights)), torch.stack(list(outputs))
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        if self._memory is not None:
+            with self._memory:
+                yield self._memory
+            return
+        with opened(self.path) as file:
+            yield file
+
+
+def frame(path: str | os.PathLike):
+    """The DataFrame of all banks in a file, for someone who has the file only.
+
+    Raises ValueError for a damaged row.
+    """
+    pd = needs("pandas", "notebooks")
+    with opened(path) as file:
+        return _frame(pd, path, file)
+
+
+def _frame(pd, path, file: sqlite3.Connection, where: str = "", *arguments):
+    names = ", ".join(f"outputs.{name}" for name in COLUMNS.split(", "))
+    query = f"SELECT {names}, about FROM outputs JOIN banks USING (key) {where} ORDER BY outputs.rowid"
+    rows = []
+    for training, (*row, about) in enumerate(file.execute(query, arguments)):
+        sizes = json.loads(about)
+        if why := _damage(tuple(row), sizes["n"], sizes["targets"]):
+            raise ValueError(
+                f"{path}: row {row[0]} is damaged: {why}. Bank(path, run, measure).repair() removes it"
+            )
+        removed = int((_unpack(row[3], sizes["n"]) == 0).sum())
+        for target, output in enumerate(np.frombuffer(row[4], "<f8")):
+            rows.append((row[1], training, removed, target, output))
+    return pd.DataFrame(rows, columns=["bank", "training", "removed", "target", "output"])
+
+
+def _identity(run: Run, measure: Callable) -> Identity:
+    return Identity(run.identity(), run.unknown()) | of_callable(measure, "measure")
+
+
+def _spread(outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """(K,): how far each output goes over the bank, told so that single rows do not count; beyond rounding.
+
+    The median deviation alone is too small where most rows hardly move an output, so that what nine
+    rows in ten stay within counts, too; each as in a normal distribution, in standard deviations.
+    """
+    middle = outputs.median(0).values
+    far = (outputs - middle).abs().sort(0).values
+    deviation = torch.maximum(1.4826 * far.median(0).values, far[int(0.9 * (len(far) - 1))] / 1.645)
+    rounding = 1e4 * torch.finfo(dtype).eps * middle.abs()
+    return deviation.maximum(rounding).clamp_min(1e-300)
+
+
+def _digest(key: str, name: str, weights: bytes, outputs: bytes) -> str:
+    return fingerprints.digest(repr((key, name, weights, outputs)))
+
+
+def _damage(row: tuple, n: int, targets: int, sealed: bool = True) -> str | None:
+    """Why a row cannot be what was written, or None. Only a `sealed` one must have a digest."""
+    _, key, name, weights, outputs, made = row
+    try:
+        digest = json.loads(made).get("digest")
+        if digest is None and sealed:
+            return "it has no digest"
+        if digest is not None and digest != _digest(key, name, weights, outputs):
+            return "it does not hold the bits that were written"
+        there, numbers = _unpack(weights, n), _numbers(outputs, "<f8")
+    except (ValueError, TypeError, AttributeError, zlib.error) as error:
+        return str(error)
+    if len(there) != n or len(numbers) != targets:
+        return f"it has {len(there)} weights and {len(numbers)} outputs, not {n} and {targets}"
+    if not (there.isfinite().all() and numbers.isfinite().all()):
+        return "its numbers are not finite"
+    return None
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[sqlite3.Connection]:
+    """A connection whose block is one transaction. Its errors are told in the project's words."""
+    try:
+        file = sqlite3.connect(path, timeout=PATIENCE)
+        try:
+            with file:
+                yield file
+        finally:
+            file.close()
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise TimeoutError(f"{path} is locked by another program for more than {PATIENCE:g} s") from error
+        out = ". The rows that it holds are whole: make room, and call again" if "full" in str(error) else ""
+        raise OSError(f"{path} cannot be used as a bank: {error}{out}") from error
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} is not a bank: {error}. Give another file") from error
+
+
+def _id(weights: Tensor) -> str:
+    return fingerprints.fingerprint(weights)
+
+
+def _pack(weights: Tensor) -> bytes:
+    kind = "<f8" if weights.dtype == torch.float64 else "<f4"
+    return zlib.compress(weights.numpy().astype(kind).tobytes(), 9)
+
+
+def _unpack(blob: bytes, n: int) -> Tensor:
+    raw = zlib.decompress(blob)
+    return _numbers(raw, "<f8" if len(raw) == 8 * n else "<f4")
+
+
+def _numbers(blob: bytes, kind: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(blob, kind).copy())

@@ -1,0 +1,147 @@
+"""Many retrainings: on all cores of this machine or on a cluster, and none of them twice.
+
+Retrainings are independent and go through joblib: to all cores, or, unchanged, to a cluster:
+`with joblib.parallel_config(backend="dask"): ...`. A worker takes over this process's thread count, so
+it computes the same bits. What is done is kept in a `Bank` at once.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..identity.parts import changed
+from ..show import bar, needs
+from ..training import determinism
+from ..training.run import Run
+from .bank import Bank
+from .retraining import retrained
+
+WORTH = 30.0  # seconds of training from which other processes pay, which take some ten to start
+UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the sweep's token
+TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
+
+
+def outputs(
+    run: Run,
+    measure: Callable,
+    weights: Tensor,
+    *,
+    how: str = "weight",
+    bank: Bank | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Measured outputs of the models trained with these data weights, on the CPU, in the run's precision.
+
+    weights  (n,), and the outputs are (K,); or (S, n) for S trainings, and the outputs are (S, K)
+    how    "weight": an example of weight 0 is in its batch, with weight 0; "rows": it is left out of it
+           (see `magic.retrain`). A bank knows its own
+    bank   where outputs are looked up, and kept as soon as each training is done
+    jobs   processes; None: one, until that would take long, then all cores, or what
+           joblib.parallel_config says. The bits do not depend on it. With more than one process set
+           torch.set_num_threads(1) first, or they take each other's cores
+    """
+    if weights.dim() == 1 and bank is None:
+        return retrained(run, measure, weights, how).cpu()
+    if weights.dim() == 1:
+        return outputs(run, measure, weights[None], bank=bank, jobs=jobs, progress=progress)[0]
+    if bank is None:
+        bank = Bank(":memory:", run, measure, how=how)
+    bank.serves(run, measure)
+    parts = run.identity()
+    known = {s: bank.get(row) for s, row in enumerate(weights)}
+    todo = [s for s, found in known.items() if found is None]
+    with bar(len(todo), "retrain", progress) as shown:
+        for s, found in _trained(run, measure, weights, todo, bank.how, jobs):
+            known[s] = found
+            bank.put(weights[s], found)
+            shown.update()
+    if todo and (names := changed(run.identity(), parts, trust=[*run.unknown()])):
+        for s in todo:
+            bank.forget(weights[s])
+        raise ValueError(
+            f"the run changed while it was retrained: {'; '.join(names)}. None of these retrainings was "
+            "kept; make a new Run, and let nothing change under it"
+        )
+    return torch.stack([known[s].to(torch.float64).cpu() for s in range(len(weights))]).to(run.dtype)
+
+
+def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):
+    """(row, its outputs), as they are done."""
+    start = time.monotonic()
+    if jobs is None and todo and not _elsewhere():
+        yield todo[0], retrained(run, measure, weights[todo[0]], how)
+        todo = todo[1:]
+        jobs = None if (time.monotonic() - start) * len(todo) > WORTH else 1
+    if jobs == 1:
+        for s in todo:
+            yield s, retrained(run, measure, weights[s], how)
+    elif todo:
+        yield from _in_parallel(run, measure, weights, todo, how, jobs)
+
+
+def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
+    joblib = needs("joblib", "notebooks")
+    from joblib.parallel import get_active_backend
+
+    backend, told = get_active_backend()
+    if jobs is None:
+        jobs = -1 if told is None else told
+    workers = joblib.effective_n_jobs(jobs)
+    size = max(1, len(todo) // (TASKS * workers))
+    parts = [todo[i : i + size] for i in range(0, len(todo), size)]
+    threads = torch.get_num_threads()
+    shared = getattr(backend, "supports_sharedmem", False)
+    work = (run, measure) if shared else _packed(run, measure)
+    token = secrets.token_hex(8)
+    parallel = joblib.Parallel(jobs, return_as="generator_unordered")
+    tasks = (  # rows as arrays: a tensor that is a row would travel with the whole matrix
+        joblib.delayed(_some)(work, token, [(s, weights[s].numpy()) for s in part], how, threads)
+        for part in parts
+    )
+    for done in parallel(tasks):
+        yield from ((s, torch.from_numpy(found)) for s, found in done)
+
+
+def _packed(run: Run, measure: Callable) -> np.ndarray:
+    """Run and measure as one array of bytes, which joblib puts where all workers read it, once."""
+    try:
+        import cloudpickle
+    except ImportError:  # an older joblib brings its own
+        from joblib.externals import cloudpickle
+
+    return np.frombuffer(cloudpickle.dumps((run, measure)), np.uint8)
+
+
+def _unpacked(work, token: str) -> tuple[Run, Callable]:
+    """Run and measure in a worker, which unpacks them at its first task."""
+    if isinstance(work, tuple):
+        return work
+    if token not in UNPACKED:
+        UNPACKED.clear()
+        UNPACKED[token] = pickle.loads(memoryview(np.ascontiguousarray(work)))
+    return UNPACKED[token]
+
+
+def _some(work, token: str, rows: list, how: str, threads: int) -> list:
+    """What a worker does: train for each row of weights."""
+    with determinism.TURN:
+        torch.set_num_threads(threads)
+        run, measure = _unpacked(work, token)
+        return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]
+
+
+def _elsewhere() -> bool:
+    """Whether joblib was told to use something else than this machine's processes."""
+    try:
+        from joblib.parallel import get_active_backend
+    except ImportError:
+        return False
+    return type(get_active_backend()[0]).__name__ != "LokyBackend"

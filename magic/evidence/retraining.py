@@ -1,0 +1,59 @@
+"""What would really have happened: train again without the examples.
+
+A retraining is the same run at other data weights. Under `normalize="weights"` weight 0 is what leaving
+the row out of its batch does, but for BatchNorm, whose statistics a row of weight 0 still moves; under
+`normalize="batch"` the batch's size stays the divisor. `how="rows"` leaves the rows out indeed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from .. import subsets
+from ..engine.replay import measured_outputs
+from ..training import determinism
+from ..training.run import Run
+from ..training.state import State
+
+
+def retrain(run: Run, without: Iterable[int], progress: bool = True, *, how: str = "weight") -> State:
+    """The final state of the same run without these training examples.
+
+    how   "weight": their data weights are 0; "rows": they are left out of their batches, whose losses
+          are averaged over the rows that stay. Dropout then draws other numbers than in the full batch.
+    """
+    (weights,) = subsets.without(run.n, [without])
+    return _train(run, run.weights(weights), how, progress)
+
+
+def without_rows(run: Run, weights: Tensor) -> Run:
+    """The same run with the examples of weight 0 left out of their batches.
+
+    Raises ValueError for a batch that nothing is left of.
+    """
+    present = weights.cpu() != 0
+    smaller = copy.copy(run)
+    smaller.batches = [indices[present[indices.cpu()].to(indices.device)] for indices in run.batches]
+    for t, indices in enumerate(smaller.batches):
+        if len(indices) == 0:
+            raise ValueError(
+                f'step {t}: all examples of its batch are removed; use how="weight", or larger batches'
+            )
+    return smaller
+
+
+def retrained(run: Run, measure: Callable, weights: Tensor, how: str = "weight") -> Tensor:
+    """(K,) measured outputs of the model trained with these data weights, (n,)."""
+    with determinism.alone():
+        return measured_outputs(run, _train(run, run.weights(weights), how, False), measure)
+
+
+def _train(run: Run, weights: Tensor, how: str, progress: bool) -> State:
+    if how == "weight":
+        return run.train(weights, progress)
+    if how == "rows":
+        return without_rows(run, weights).train(weights, progress)
+    raise ValueError(f'how={how!r}: choose "weight" (data weight 0) or "rows" (left out of the batches)')

@@ -1,0 +1,90 @@
+"""The identity of a Dataset: a digest of its items."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..identity import fingerprints
+from ..identity.content import Content
+from ..identity.parts import UNKNOWN, Identity
+from ..show import bar
+from . import determinism
+
+CHUNK = 1024  # items that are hashed together
+
+
+def of_dataset(dataset, n: int, progress: bool = True) -> Identity:
+    """The identity of the n items of a map-style Dataset: tensors, arrays, numbers, texts, or nested ones.
+
+    Every item is read once; what items draw at random is drawn from one fixed seed. A TensorDataset, and
+    a Subset of one, is known by its tensors.
+    """
+    name = "the items of the data set"
+    tensors = _tensors(dataset)
+    if tensors is not None:
+        return Identity({name: fingerprints.digest(repr([fingerprints.fingerprint(x) for x in tensors]))})
+    whole, content, unknown = hashlib.blake2b(digest_size=8), Content(), []
+    with determinism.alone(seed=0), bar(n, "data set", progress) as shown:
+        for items in _chunks(dataset, n):
+            for column in _columns(items):
+                _hash(column, whole, content, unknown)
+            shown.update(len(items))
+    digest = whole.hexdigest()
+    reasons = "; ".join(dict.fromkeys(unknown))
+    return Identity({name: UNKNOWN + digest if unknown else digest}, {name: reasons} if unknown else {})
+
+
+def _tensors(dataset) -> list[Tensor] | None:
+    if type(dataset) is torch.utils.data.TensorDataset:
+        return list(dataset.tensors)
+    if type(dataset) is torch.utils.data.Subset:
+        inner = _tensors(dataset.dataset)
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
+        return None if inner is None else [x[indices.to(x.device)] for x in inner]
+    return None
+
+
+def _chunks(dataset, n: int) -> Iterator[list]:
+    together = getattr(dataset, "__getitems__", None)
+    for first in range(0, n, CHUNK):
+        indices = list(range(first, min(first + CHUNK, n)))
+        yield list(together(indices)) if together else [dataset[i] for i in indices]
+
+
+def _columns(items: list) -> Iterator[list]:
+    """The items' fields, each as a list over the items; items of another make each stay whole."""
+    first = items[0]
+    alike = type(first) in (tuple, list) and all(
+        type(x) is type(first) and len(x) == len(first) for x in items
+    )
+    if alike and len(first):
+        for column in zip(*items, strict=True):
+            yield from _columns(list(column))
+    elif type(first) is dict and all(type(x) is dict and list(x) == list(first) for x in items):
+        yield list(first)
+        for key in first:
+            yield from _columns([x[key] for x in items])
+    else:
+        yield items
+
+
+def _hash(column: list, whole, content: Content, unknown: list[str]) -> None:
+    first = column[0]
+    if isinstance(first, Tensor) and all(
+        type(x) is type(first) and x.shape == first.shape and x.dtype == first.dtype for x in column
+    ):
+        stacked = torch.stack([x.detach() for x in column])
+        whole.update(fingerprints.fingerprint(stacked).encode())
+    elif type(first) is np.ndarray and all(
+        type(x) is np.ndarray and x.shape == first.shape and x.dtype == first.dtype for x in column
+    ):
+        whole.update(content.digest(np.stack(column)).encode())
+        unknown += content.unknown
+    else:
+        whole.update(content.digest(list(column)).encode())
+        unknown += content.unknown

@@ -1,0 +1,142 @@
+"""The adjoint of an optimizer's update, by hand: pull cotangents of (param, slots) back through it.
+
+The update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all
+targets share. `adjoint(param, grad, slots, hyper, after)` computes these vectors and returns
+
+    pull(cotangent) -> grad_cotangent
+
+which takes the cotangents of what the update returns, {"param": (rows, *shape), slot: (rows, *shape)},
+turns them in place into those of what it took, and returns the gradient's. `after` is what the slots
+were after the update, or None where that is not known. A slot that the update made has no cotangent
+before it; what is left in its place means nothing.
+
+Derived line by line from the rules in `magic.training.optim`; the tests compare them with autograd of those.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import optim
+from .optim import Slots
+
+Pull = Callable[[dict[str, Tensor]], Tensor]
+
+
+def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
+    """The adjoint of optim.sgd: b' = μb + (1 − δ)g, p' = p − η(g + μb') with Nesterov, else p − ηb'."""
+    lr, momentum, nesterov = hyper["lr"], hyper["momentum"], hyper["nesterov"]
+    first = "momentum_buffer" not in slots  # then b' = g
+
+    def pull(cotangent: dict[str, Tensor]) -> Tensor:
+        to_param = cotangent["param"]
+        if momentum == 0:
+            return _before_the_rule(to_param, to_param * -lr, hyper)
+        to_buffer = cotangent["momentum_buffer"]
+        to_buffer.add_(to_param, alpha=-lr * (momentum if nesterov else 1.0))
+        to_grad = to_buffer * (1.0 if first else 1.0 - hyper["dampening"])
+        if nesterov:
+            to_grad.add_(to_param, alpha=-lr)
+        to_buffer.mul_(momentum)
+        return _before_the_rule(to_param, to_grad, hyper)
+
+    return pull
+
+
+def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
+    """The adjoint of optim.adam: m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², p' = p − α m'/(√v'/c + ε);
+    with eps_root ρ, √(v' + ρc²)/c in place of √v'/c.
+
+    d√v/dv is infinite at v = 0, where no gradient has been (an embedding row that no batch touched) or
+    its square underflows. There m' is proportional to g, so the update m'/(c|g| + ε) has at g = 0 the
+    slope that its numerator alone gives: the derivative by v is taken as 0, not as 0 · ∞.
+    """
+    beta1, beta2 = hyper["betas"]
+    decay, decoupled = hyper["weight_decay"], hyper["decoupled_weight_decay"]
+    if hyper["maximize"]:
+        grad = -grad
+    if decay != 0 and not decoupled:
+        grad = grad.add(param, alpha=decay)
+    if after is None:
+        after = optim.adam(param, grad, slots, hyper | {"weight_decay": 0, "maximize": False})[1]
+    t, m, v = after["step"].item(), after["exp_avg"], after["exp_avg_sq"]
+    most = after["max_exp_avg_sq"] if hyper["amsgrad"] else v
+    alpha, c = hyper["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
+    if hyper.get("eps_root"):
+        most = most + hyper["eps_root"] * c**2
+    root = most.sqrt()
+    denominator = (root / c).add_(hyper["eps"])
+    by_m = -alpha / denominator
+    by_v = torch.where(most > 0, by_m * m / (denominator * root), 0.0)  # times −1 / (2c)
+    if hyper["amsgrad"]:
+        before = slots["max_exp_avg_sq"] if slots else torch.zeros_like(v)
+        from_v = (v > before).to(v) + 0.5 * (v == before).to(v)  # as autograd shares a tie
+
+    def pull(cotangent: dict[str, Tensor]) -> Tensor:
+        to_param, to_m, to_v = cotangent["param"], cotangent["exp_avg"], cotangent["exp_avg_sq"]
+        to_m.addcmul_(to_param, by_m)
+        if hyper["amsgrad"]:
+            to_most = cotangent["max_exp_avg_sq"].addcmul_(to_param, by_v, value=-0.5 / c)
+            to_v.addcmul_(to_most, from_v)
+            to_most.mul_(1 - from_v)
+        else:
+            to_v.addcmul_(to_param, by_v, value=-0.5 / c)
+        to_grad = (to_m * (1 - beta1)).addcmul_(to_v, grad, value=2 * (1 - beta2))
+        to_m.mul_(beta1)
+        to_v.mul_(beta2)
+        if decay != 0 and decoupled:
+            to_param.mul_(1 - hyper["lr"] * decay)
+            return _before_the_rule(to_param, to_grad, hyper | {"weight_decay": 0})
+        return _before_the_rule(to_param, to_grad, hyper)
+
+    return pull
+
+
+def underflowing(grad: Tensor, after: Slots) -> int:
+    """Entries of a gradient that are not 0 while Adam's v, after this update, is: their square underflowed.
+
+    There the update depends on the gradient through m alone, and what is taken for the derivative by v, 0,
+    is not the one of exact arithmetic. In float32 it begins near 1e-22, and matters for an ε below 1e-16.
+    """
+    if "exp_avg_sq" not in after:
+        return 0
+    return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
+
+
+def warn_of_underflow(rule: optim.Rule, state, grads: dict[str, Tensor], hyper_of: dict[str, dict]) -> None:
+    """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
+
+    `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
+    the root of what underflows, as the usual 1e-8 is, nothing is lost.
+    """
+    counts = {}
+    for name, grad in grads.items():
+        known = torch.finfo(grad.dtype)
+        hidden = (known.smallest_normal * known.eps) ** 0.5  # the root of the smallest number
+        hyper = hyper_of[name]
+        if rule is optim.adam and not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
+            grad = grad.detach()
+            after = rule(state.params[name], grad, state.slots[name], hyper)[1]
+            counts[name] = underflowing(grad, after)
+    worst = max(counts, key=counts.get, default=None)
+    if worst is not None and counts[worst]:
+        warnings.warn(
+            f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "
+            f"Adam, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale the loss "
+            "up, give the group an eps_root or a larger eps, or use float64",
+            stacklevel=3,
+        )
+
+
+def _before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
+    """Through g = ±grad + weight_decay · param."""
+    if hyper["weight_decay"] != 0:
+        to_param.add_(to_grad, alpha=hyper["weight_decay"])
+    return to_grad.neg_() if hyper["maximize"] else to_grad
+
+
+ADJOINTS: dict[optim.Rule, Callable[..., Pull]] = {optim.sgd: sgd, optim.adam: adam}

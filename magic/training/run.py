@@ -1,0 +1,396 @@
+"""Run: a training run as a pure function of its data weights.
+
+    s_{t+1} = step(s_t, batch_t, weights),    g_t = d/dparams  Σ wᵢ ℓᵢ(params, batch_t) / B
+
+MAGIC (Ilyas & Engstrom 2025, arXiv 2504.16430), section 2. With all weights 1 the states are, bit
+for bit, those of the plain loop
+
+    optimizer.zero_grad(); loss(model, x, y).mean().backward(); optimizer.step(); scheduler.step()
+
+under `determinism.fix()`; where step t draws random numbers, after `determinism.seed_step(seed, t)`;
+on CUDA with the optimizer's `foreach=False`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..identity import fingerprints
+from ..identity.parts import Identity, of_callable, of_model
+from ..kernels.graph import uses, uses_of
+from ..kernels.replace import differentiable, measuring
+from ..kernels.stop_gradients import Stops
+from ..show import bar
+from . import arguments, determinism, finite, optim
+from .first_step import first_step
+from .items import of_dataset
+from .record import Passed, sums
+from .state import State
+
+REMEMBERED = 8  # trainings whose record is kept; those before are forgotten
+
+
+class _Call(nn.Module):
+    """f(model, ...) as a module's forward, so that functional_call can put tensors into the model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f: Callable, *args):
+        return f(self.model, *args)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a step's backward pass returns.
+
+    total      the weighted loss, a scalar
+    by_name    parameter -> gradient, or None where the step does not use the parameter
+    buffers    the buffers after the forward pass, and the names of those that it wrote
+    same_bits  no operation was replaced by one with other bits
+    escaped    ways on which a number that depends on the parameters may have left the graph
+    """
+
+    total: Tensor
+    by_name: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    written: frozenset[str]
+    same_bits: bool
+    escaped: tuple[str, ...] = ()
+
+
+class Run:
+    """A deterministic training run, ready to be trained, replayed and differentiated.
+
+    model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
+               changed. It trains in the mode (train or eval) each of its modules is in now.
+    optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped. A parameter group
+               of Adam may have "eps_root", added under the root, which torch.optim does not know
+    data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
+               its items are dicts, loss is given the batch as one dict
+    loss       loss(model, *batch) -> (B,), one number per example
+    batches    a (T, B) index tensor, or a sequence of T index tensors
+    scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy
+    normalize  "batch": Σ wᵢℓᵢ / B with B the batch's size, as in MAGIC.
+               "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
+    seed       every random number that step t draws is a function of (seed, t)
+
+    Creating a Run tries its first step twice, so a mistake is told here and not after an hour.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data,
+        loss: Callable[..., Tensor],
+        batches: Tensor | Sequence,
+        scheduler=None,
+        *,
+        normalize: str = "batch",
+        seed: int = 0,
+    ):
+        if normalize not in ("batch", "weights"):
+            raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
+        arguments.check_arguments(model, loss, seed)
+        arguments.check_model(model)
+        self.rule, self.group_of = optim.read(optimizer, model)
+        self.data, self.n = arguments.check_data(data)
+        self.batches = arguments.check_batches(batches, self.n)
+        self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
+        self.loss, self.normalize, self.seed = loss, normalize, seed
+        self._adopt(arguments.frozen_copy(model, keep=self.group_of))
+        named = dict(self._model.named_parameters())
+        first = named[next(iter(self.group_of))]
+        self.device, self.dtype = first.device, first.dtype
+        self._passed: dict[str, Passed] = {}
+        params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
+        buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
+        self.initial = State(params, buffers, {name: {} for name in params}, moved=frozenset())
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._outside = weakref.WeakValueDictionary(model.named_parameters())
+        first_step(self, model)
+
+    def _adopt(self, model: nn.Module) -> None:
+        self._model, self._call = model, _Call(model)
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self._frozen_sums = sums(self._frozen)
+
+    # -- what a user calls -------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """T, the number of training steps."""
+        return len(self.batches)
+
+    def train(self, weights=None, progress: bool = True, *, allow_negative: bool = False) -> State:
+        """f(w): the final state. `weights` is (n,), or one number for all; None means 1.
+
+        Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
+        earlier training of this Run with these weights was in another state at a step compared.
+        A training that is to survive a kill is `magic.train(run, disk=folder)`.
+        """
+        weights = self.weights(weights, allow_negative=allow_negative)
+        with determinism.alone(), bar(self.steps, "train", progress) as shown:
+            return self.advance(
+                self.initial, self.steps, weights, self.passed(weights), lambda _: shown.update()
+            )
+
+    @determinism.in_turn
+    def model(self, state: State) -> nn.Module:
+        """A fresh module holding this state's values, in eval mode, usable like any other."""
+        if state.params.keys() != self.initial.params.keys():
+            raise ValueError("this state is of another run: its parameters have other names")
+        model = arguments.clean_copy(self._model)
+        values = {**state.params, **state.buffers}
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name in values:
+                    tensor.copy_(values[name])
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self._trained)
+        return model.eval()
+
+    def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
+        """Data weights as an (n,) tensor on the run's device, checked. None is 1; a number fills it."""
+        if weights is None or isinstance(weights, (int, float)):
+            value = 1.0 if weights is None else float(weights)
+            weights = torch.full((self.n,), value, dtype=self.dtype, device=self.device)
+        if not isinstance(weights, Tensor):
+            weights = torch.as_tensor(weights, device=self.device)
+        weights = weights.detach().to(self.device, self.dtype, copy=True)
+        if weights.shape != (self.n,):
+            raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({self.n},)")
+        if not weights.isfinite().all():
+            raise ValueError(f"weights[{(~weights.isfinite()).nonzero()[0].item()}] is not finite")
+        if not allow_negative and (weights < 0).any():
+            raise ValueError(
+                f"weights[{(weights < 0).nonzero()[0].item()}] is negative, which trains away from an "
+                "example; if that is meant, pass allow_negative=True to run.train"
+            )
+        return weights
+
+    @determinism.in_turn
+    def identity(self, fresh: bool = False) -> dict[str, str]:
+        """What defines the run, by name, each as a fingerprint; the code of model and loss, and what they
+        hold, among it. All is read again at each call, but a Dataset's items only if `fresh`."""
+        parts: dict[str, object] = {
+            "the start s_0": self.initial.fingerprint(),
+            "the model's constants or modes": (
+                fingerprints.fingerprint(self._model),
+                [module.training for module in self._model.modules()],
+            ),
+            "the optimizer or its hyper-parameters": (self.rule.__name__, self.hypers, self.group_of),
+            "the order of the batches": [fingerprints.fingerprint(b) for b in self.batches],
+            "normalize or seed": (self.normalize, self.seed),
+        }
+        if isinstance(self.data, tuple):
+            parts["the data"] = [fingerprints.fingerprint(x) for x in self.data]
+        found = {name: fingerprints.digest(repr(part)) for name, part in parts.items()}
+        return found | self._outer_identity(fresh).parts
+
+    def unknown(self) -> dict[str, str]:
+        """The parts of `identity` that cannot be known whole, and why (a C extension, a call of eval)."""
+        return self._outer_identity().unknown
+
+    def _outer_identity(self, fresh: bool = False) -> Identity:
+        """The identity of what the user wrote: the model, the loss, and a Dataset's items."""
+        found = of_model(self._model) | of_callable(self.loss, "loss")
+        if isinstance(self.data, tuple):
+            return found
+        if fresh or "_items" not in self.__dict__:
+            self._items = of_dataset(self.data, self.n)
+        return found | self._items
+
+    def fingerprint(self) -> str:
+        """16 hex digits of `identity`."""
+        return fingerprints.digest(repr(self.identity()))
+
+    def __getstate__(self) -> dict:
+        # For copies and other processes: what this Run's trainings passed through stays here.
+        return self.__dict__ | {"_passed": {}, "_outside": {}}
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.initial.params.values())
+        return (
+            f"Run({type(self._model).__name__}, {count:,} parameters, n={self.n:,}, T={self.steps:,}, "
+            f"B={len(self.batches[0])}, {self.rule.__name__}, normalize={self.normalize!r}, {self.dtype})"
+        )
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def batch(self, t: int) -> tuple[Tensor, ...]:
+        """The examples of step t, on the model's device."""
+        indices = self.batches[t]
+        if isinstance(self.data, tuple):
+            return arguments.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
+        batch = arguments.collated(self.data, indices.tolist())
+        return tuple(arguments.each(lambda x: x.to(self.device), part) for part in batch)
+
+    @determinism.in_turn
+    def gradient(
+        self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
+    ) -> Gradient:
+        """The gradient of step t's weighted loss; `weight` is (B,), the data weights of the batch.
+
+        Training calls this to step, the adjoint, with create_graph, to linearise: there is one definition
+        of what a step minimises. The backward pass runs while the tensors are in the model, since
+        activation checkpointing calls the model again there.
+        """
+        arguments.check_mode(self.device)
+        determinism.seed_step(self.seed, t)
+        batch = self.batch(t)
+        held = {name: x.clone() for name, x in buffers.items()}
+
+        stops = Stops(cuts=True, buffers=held.values())
+
+        def weighted(model):
+            with contextlib.ExitStack() as modes:
+                replace = modes.enter_context(differentiable()) if create_graph else None
+                if create_graph:
+                    modes.enter_context(stops)
+                losses = self.loss(model, *batch)
+            arguments.check_leaves(params, t)
+            total = self._total(losses, weight, t)
+            leaves, stops.escapes.open = list(params.values()), False
+            grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+            if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
+                used = uses_of(total, leaves)
+                grads = [g if i in used else None for i, g in enumerate(grads)]
+            stops.pulling = True
+            return total, grads, not (replace and replace.rewritten) and not stops.stopped
+
+        watched = params | self._frozen
+        before = [p._version for p in watched.values()]
+        (total, grads, same_bits), after = self.apply(weighted, params, buffers, held=held)
+        arguments.check_unwritten(watched, before, t)
+        written = frozenset(name for name, b in after.items() if b is not buffers[name])
+        by_name = dict(zip(params, grads, strict=True))
+        escaped = stops.escapes.found([total, *after.values()]) if create_graph else ()
+        return Gradient(total, by_name, after, written, same_bits, escaped)
+
+    def _total(self, losses: Tensor, weight: Tensor, t: int) -> Tensor:
+        """Σ wᵢℓᵢ / B, or / Σ wᵢ."""
+        arguments.check_losses(losses, len(weight), t)
+        w = weight.to(losses.dtype)
+        return (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
+
+    def total(self, state: State, weights: Tensor) -> float:
+        """The weighted loss of the step at `state`, with training's bits."""
+        t = state.step
+        determinism.seed_step(self.seed, t)
+        batch, weight = self.batch(t), weights[self.batches[t].to(weights.device)]
+        with torch.enable_grad():  # some kernels are others where no gradient is taken
+            leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
+            losses, _ = self.apply(lambda model: self.loss(model, *batch), leaves, state.buffers)
+            return self._total(losses, weight, t).item()
+
+    @determinism.in_turn
+    @measuring
+    def measured(self, measure: Callable, params: dict, buffers: dict) -> Tensor:
+        """measure(model), (K,), with these tensors in the model and the model in eval mode.
+
+        It sees a copy, so what it does to the model ends with it. The numbers may carry a graph.
+        """
+        determinism.seed_step(self.seed, self.steps)
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        shared = {id(x): x for name, x in named if name not in self._frozen}
+        model = arguments.clean_copy(self._model, shared).eval()
+        params = {name: p.clone() for name, p in params.items()}
+        out, _ = self.apply(measure, params, buffers, call=_Call(model))
+        arguments.check_outputs(out)
+        if name := uses(out, dict(self._outside)):
+            raise ValueError(
+                f"measure uses {name!r} of the model outside; it must use the model that it is given"
+            )
+        return out
+
+    def apply(
+        self, f: Callable, params: dict, buffers: dict, *, call: _Call | None = None, held: dict | None = None
+    ) -> tuple:
+        """f(model) with these tensors in the model, and the buffers it left: the given tensor of a buffer
+        that it did not write. `held` are copies of the buffers to put into the model."""
+        held = held or {name: x.clone() for name, x in buffers.items()}
+        fresh = {name: x._version for name, x in held.items()}
+        tensors = {f"model.{name}": x for name, x in {**params, **held}.items()}
+        out = functional_call(call or self._call, tensors, (f,))
+        after = {name: tensors[f"model.{name}"] for name in buffers}
+        for name, x in after.items():
+            if x is held[name] and x._version == fresh[name] and torch.equal(x, buffers[name]):
+                after[name] = buffers[name]
+        return out, after
+
+    def moved(self, state: State) -> list[str]:
+        """The floating-point buffers that training has written by now; the others are constants so far."""
+        return [k for k, b in state.buffers.items() if k in state.moved and b.is_floating_point()]
+
+    def step(self, state: State, weights: Tensor, passed: Passed | None = None) -> State:
+        """h_t: s_t, batch_t, weights -> s_{t+1}. Pure: no argument is changed, nothing is remembered.
+
+        Only `passed`, where it is given, notes the step's total loss, or compares it."""
+        t = state.step
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
+            weight = weights[self.batches[t].to(weights.device)]
+            gradient = self.gradient(leaves, state.buffers, weight, t)
+        return self.moved_on(state, weight, gradient, passed)
+
+    def moved_on(
+        self, state: State, weight: Tensor, gradient: Gradient, passed: Passed | None = None
+    ) -> State:
+        """s_{t+1}, from the gradient at s_t: the optimizer's update, and the buffers."""
+        t, total, grads = state.step, gradient.total, gradient.by_name
+        if all(grad is None for grad in grads.values()):
+            raise ValueError(
+                f"step {t}: the losses do not depend on the model that loss is given; it must call its "
+                "first argument, not a model from outside"
+            )
+        if not math.isfinite(total.item()):
+            raise finite.why(self, state, weight, total)
+        if passed is not None:
+            passed.witness(t, total.item())
+        params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]
+        for name, grad in grads.items():
+            if grad is None:  # not used in this step: PyTorch's optimizers pass it over, too
+                continue
+            if grad.is_sparse:
+                raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
+            group = hyper[self.group_of[name]]
+            param, slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            if param.stride() != params[name].stride():  # axes of length 1; a layout chooses the kernel
+                param = torch.empty_like(params[name]).copy_(param)
+            params[name] = param
+        buffers = dict(state.buffers)
+        for name in gradient.written:
+            buffers[name] = arguments.check_moved(name, gradient.buffers[name].detach())
+        return State(params, buffers, slots, t + 1, state.moved | gradient.written)
+
+    def passed(self, weights: Tensor) -> Passed:
+        """What training with these weights passed through, as far as it is known; of the latest trainings."""
+        key = fingerprints.fingerprint(weights)
+        found = self._passed.pop(key, None) or Passed(self.steps)
+        self._passed[key] = found  # the latest last
+        while len(self._passed) > REMEMBERED:
+            del self._passed[next(iter(self._passed))]
+        return found
+
+    def advance(
+        self, state: State, to: int, weights: Tensor, passed: Passed, after: Callable[[State], object]
+    ) -> State:
+        """Step from `state` to step `to`, calling `after` with each; at noted steps, note or compare."""
+        while state.step < to:
+            with determinism.refusing():
+                state = self.step(state, weights, passed)
+            if passed.notes(state.step):
+                passed.compare(state)
+            after(state)
+        return finite.checked(state, self) if to == self.steps else state

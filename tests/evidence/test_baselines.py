@@ -1,0 +1,376 @@
+"""Baselines: each estimate is what its paper says, by another way to the same numbers, and is of some use."""
+
+import functools
+import gc
+import importlib.util
+import logging
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import magic
+from magic import baselines
+from magic.book import data, models
+from tests.support import cases
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+METHODS = {
+    "similarity": lambda run, test, state: baselines.gradient_similarity(run, test, state),
+    "cosine": lambda run, test, state: baselines.gradient_similarity(run, test, state, cosine=True),
+    "tracin": lambda run, test, state: baselines.tracin(run, test, [state]),
+    "trak": lambda run, test, state: baselines.trak(run, test, [state]),
+    "ekfac": lambda run, test, state: baselines.ekfac(run, test, state),
+}
+LIBRARY = {"trak": "trak", "ekfac": "kronfluence"}
+ALL = [pytest.param(name, marks=[needs(LIBRARY[name])] if name in LIBRARY else []) for name in METHODS]
+
+
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """kronfluence collects garbage ten times a call; what is there already need not be searched."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def first(run, count=3):
+    return tuple(x[:count] for x in run.data)
+
+
+def states_of(run, every):
+    state, weights, states = run.initial, run.weights(), []
+    while state.step < run.steps:
+        state = run.step(state, weights)
+        states += [state] if state.step % every == 0 else []
+    return states
+
+
+def gradient(run, state, example, names=None):
+    """The flat gradient of one example's loss in eval mode, as a user would take it."""
+    model = run.model(state)
+    named = dict(model.named_parameters())
+    inputs = [named[name] for name in names or state.params]
+    loss = run.loss(model, *(x.unsqueeze(0) for x in example)).sum()
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
+
+
+def gradients(run, state, examples, names=None):
+    return torch.stack([gradient(run, state, example, names) for example in zip(*examples, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A run on digits, its test batch, five states on its way, and the exact scores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x, y, x_test, y_test = data.digits(300, 20)
+    torch.manual_seed(0)
+    model = models.MLP((64, 32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(300, 50, 10))
+    test = (x_test, y_test)
+    exact = magic.attribute(run, lambda model: cases.loss(model, *test), progress=False)
+    yield run, test, states_of(run, 12), exact
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scored(digits):
+    """The scores of a method on the digits, computed once."""
+    run, test, states, _ = digits
+    return functools.cache(lambda name: METHODS[name](run, test, states[-1]))
+
+
+def agreement(scores, exact):
+    """The mean over targets of the rank correlation with the exact scores."""
+    ranks = [x.values.argsort(1).argsort(1).double() for x in (scores, exact)]
+    return F.cosine_similarity(*(r - r.mean() for r in ranks)).mean()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_attribution_like_any_other(digits, scored, name):
+    run, _, states, exact = digits
+    scores = scored(name)
+    assert isinstance(scores, magic.Attribution) and scores.values.shape == (20, 300)
+    assert scores.values.dtype == run.dtype and scores.values.isfinite().all()
+    assert torch.equal(scores.outputs, exact.outputs) and torch.equal(scores.at, exact.at)
+    assert scores.run is run and torch.equal(scores.measure(run.model(states[-1])), exact.outputs)
+    assert agreement(scores, exact) > 0.05
+    assert magic.lds(scores, drop=0.1, subsets=10, progress=False).mean > 0.1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_example_helps_itself(digits, name):
+    run, _, states, _ = digits
+    own = run.loss(run.model(states[-1]), *run.data).detach().argsort(descending=True)[:10]
+    values = METHODS[name](run, tuple(x[own] for x in run.data), states[-1]).values
+    itself = values.gather(1, own.unsqueeze(1))
+    assert (itself < 0).all()
+    assert ((values < itself).sum(dim=1) <= 3).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_again_and_nothing_left_behind(digits, scored, name, capfd, recwarn):
+    run, test, states, _ = digits
+    expected = scored(name).values
+    capfd.readouterr(), recwarn.clear(), torch.rand(3)
+    handlers, generator = logging.root.handlers[:], torch.get_rng_state()
+    assert torch.equal(METHODS[name](run, test, states[-1]).values, expected)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+    assert logging.root.handlers == handlers and torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("name", ["sgd", "batchnorm-adamw", "dropout", "tied-embedding", "frozen-and-unused"])
+def test_gradient_similarity_is_the_double_loop(name):
+    run, *_ = cases.build(name)
+    state = run.train(progress=False)
+    ours, theirs = gradients(run, state, first(run)), gradients(run, state, run.data)
+    products = torch.stack([torch.stack([g @ h for h in theirs]) for g in ours])
+    assert products.abs().min() > 0
+    scores = baselines.gradient_similarity(run, first(run), state, batch_size=2)
+    torch.testing.assert_close(scores.values, -products / run.n, rtol=1e-9, atol=1e-12)
+    cosine = products / (ours.norm(dim=1).unsqueeze(1) * theirs.norm(dim=1))
+    scores = baselines.gradient_similarity(run, first(run), state, cosine=True, batch_size=7)
+    torch.testing.assert_close(scores.values, -cosine, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "two-groups-onecycle"])
+def test_tracin_is_the_loop(name):
+    run, *_ = cases.build(name)
+    states = [run.initial, *states_of(run, 5)]
+    assert [state.step for state in states] == [0, 5, 10, 15]
+    expected = torch.zeros(3, run.n, dtype=torch.float64)
+    for state, t in zip(states, [0, 4, 9, 14], strict=True):
+        for name, group in run.group_of.items():
+            ours, theirs = (gradients(run, state, x, [name]) for x in (first(run), run.data))
+            expected -= run.hypers[t][group]["lr"] * ours @ theirs.T
+    expected *= run.steps / (4 * run.n)
+    scores = baselines.tracin(run, first(run), states, batch_size=16)
+    torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(scores.outputs, magic.engine.replay.measured_outputs(run, states[-1], scores.measure))
+
+
+def test_tracin_becomes_exact_as_the_rate_goes_to_zero():
+    torch.manual_seed(0)
+    model = cases.mlp().double()
+    run = magic.Run(model, cases.sgd(1e-6)(model), cases.data(), cases.loss, cases.order())
+    exact = magic.attribute(run, cases.measure_on(*run.data), progress=False)
+    scores = baselines.tracin(run, first(run), states_of(run, 4))
+    assert exact.values.abs().max() > 1e-9
+    torch.testing.assert_close(scores.values, exact.values, rtol=1e-3, atol=1e-12)
+
+
+def test_one_by_one_where_vmap_cannot():
+    run, *_ = cases.build("lstm")
+    state = run.train(progress=False)
+    with pytest.warns(UserWarning, match="one by one"):
+        scores = baselines.gradient_similarity(run, first(run), state)
+    expected = -gradients(run, state, first(run)) @ gradients(run, state, run.data).T / run.n
+    torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-12)
+
+
+@needs("trak")
+@pytest.mark.parametrize("dim", [12, 120])
+def test_trak_is_the_formula_of_the_paper(digits, dim):
+    from trak.projectors import BasicProjector, ProjectionType
+
+    run, test, states, _ = digits
+    states = states[-2:]
+    expected = torch.zeros(20, 300)
+    for number, state in enumerate(states):
+        model = run.model(state)
+        count = sum(p.numel() for p in model.parameters())
+        projector = BasicProjector(count, dim, 7, ProjectionType.normal, "cpu", model_id=number)
+        features = []
+        for x, y in (run.data, test):
+            p = model(x).softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+            margins, params = (p / (1 - p)).log(), list(model.parameters())
+            rows = [torch.autograd.grad(margin, params, retain_graph=True) for margin in margins]
+            rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+            features.append(projector.project(rows, number).double())
+        train, of_test = features
+        expected += (of_test @ torch.linalg.inv(train.T @ train) @ train.T).float() / len(states)
+    wrong = torch.stack([1 - run.loss(run.model(state), *run.data).neg().exp() for state in states]).mean(0)
+    expected *= wrong * (run.loss(run.model(states[-1]), *test).neg().exp() - 1).unsqueeze(1)
+    scores = baselines.trak(run, test, states, dim=dim, seed=7, batch_size=64)
+    assert scores.values.abs().max() > 1e-4
+    assert (scores.values - expected).abs().max() < 1e-3 * scores.values.abs().max()
+
+
+@needs("trak")
+def test_trak_on_digits(digits):
+    run, test, states, exact = digits
+    scores = baselines.trak(run, test, states)
+    assert agreement(scores, exact) > 0.1
+    assert not torch.equal(scores.values, baselines.trak(run, test, states, seed=1).values)
+    again = baselines.trak(run, test, states, batch_size=77).values
+    assert (scores.values - again).abs().max() < 1e-3 * again.abs().max()
+
+
+@needs("trak")
+def test_trak_takes_the_trained_parameters():
+    run, *_ = cases.build("frozen-and-unused")
+    scores = baselines.trak(run, first(run), run.train(progress=False))
+    assert scores.values.dtype == torch.float64 and scores.values.abs().max() > 0
+
+
+def regression():
+    torch.manual_seed(0)
+    x = torch.randn(30, 4, dtype=torch.float64)
+    y = (x @ torch.randn(4, 2, dtype=torch.float64)).sin()
+    model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)).double()
+
+    def loss(model, x, y):
+        return (model(x) - y).square().sum(1)
+
+    return magic.Run(model, cases.sgd(0.05)(model), (x, y), loss, magic.batches(30, 10, 5))
+
+
+@needs("kronfluence")
+def test_ekfac_strategies_that_can_be_computed_by_hand():
+    """No classes, so the Fisher matrix is the empirical one, which draws nothing."""
+    run = regression()
+    state = run.train(progress=False)
+    ours, theirs = gradients(run, state, first(run)), gradients(run, state, run.data)
+    scores = baselines.ekfac(run, first(run), state, strategy="identity", batch_size=7)
+    torch.testing.assert_close(scores.values, -ours @ theirs.T / 30, rtol=1e-9, atol=1e-12)
+    fisher = theirs.square().mean(0)
+    scores = baselines.ekfac(run, first(run), state, strategy="diagonal", damping=0.01, batch_size=7)
+    torch.testing.assert_close(scores.values, -ours / (fisher + 0.01) @ theirs.T / 30, rtol=1e-9, atol=1e-12)
+
+
+@needs("kronfluence")
+def test_ekfac_is_the_exact_influence_where_that_is_known():
+    """Logistic regression, trained to convergence: convex, and the true Fisher matrix is the Hessian."""
+    torch.manual_seed(0)
+    n, decay = 500, 0.02
+    x = torch.randn(n, 6, dtype=torch.float64) * torch.linspace(0.4, 1.6, 6, dtype=torch.float64)
+    y = (torch.rand(n) < (x[:, 0] - x[:, 5]).sigmoid()).long()
+    model = nn.Sequential(nn.Linear(6, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.8, weight_decay=decay)
+    run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(n, n, 300))
+    state, test = run.train(progress=False), first(run, 8)
+
+    def objective(weight, bias):
+        squares = weight.square().sum() + bias.square().sum()
+        return F.cross_entropy(x @ weight.T + bias, y) + decay / 2 * squares
+
+    params = tuple(state.params.values())
+    slope = torch.autograd.functional.jacobian(objective, params)
+    assert max(g.abs().max() for g in slope) < 1e-9, "not converged"
+    blocks = torch.autograd.functional.hessian(objective, params)
+    sizes = [p.numel() for p in params]
+    rows = [[b.reshape(r, -1) for b in row] for row, r in zip(blocks, sizes, strict=True)]
+    curvature = torch.cat([torch.cat(row, dim=1) for row in rows])
+    ours, theirs = gradients(run, state, test), gradients(run, state, run.data)
+    exact = -ours @ torch.linalg.solve(curvature, theirs.T) / n
+    with pytest.warns(UserWarning, match="powers of ten"):  # training forgets its beginning, as it should
+        true = magic.attribute(run, cases.measure_on(x, y, 8), progress=False).values
+    torch.testing.assert_close(true, exact, rtol=1e-6, atol=1e-12)
+    for strategy, least in (("ekfac", 0.99), ("kfac", 0.97)):
+        scores = baselines.ekfac(run, test, state, damping=decay, strategy=strategy).values
+        assert torch.corrcoef(torch.stack([scores.flatten(), exact.flatten()]))[0, 1] > least
+        assert 0.9 < (scores * exact).sum() / (exact * exact).sum() < 1.1
+
+
+@needs("kronfluence")
+@pytest.mark.parametrize("name", ["batchnorm-conv", "frozen-and-unused"])
+def test_ekfac_takes_the_layers_it_can(name):
+    run, *_ = cases.build(name)
+    scores = baselines.ekfac(run, first(run), run.train(progress=False))
+    assert scores.values.isfinite().all() and scores.values.abs().max() > 0
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize(
+    ("model", "word"),
+    [
+        (Twice(), "'layer' is called more than once"),
+        (nn.Linear(8, 3), "contains none"),
+        (None, "contains none"),
+    ],
+)
+def test_ekfac_refuses_layers(model, word):
+    if model is None:
+        model = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 3, 8), nn.Flatten())
+    model = model.double()
+    run = magic.Run(model, cases.sgd()(model), cases.data(), cases.loss, cases.order())
+    with pytest.raises(ValueError, match=word):
+        baselines.ekfac(run, first(run), run.initial)
+
+
+def test_trak_refuses_what_is_no_classification():
+    run = regression()
+    with pytest.raises(ValueError, match=r"TRAK needs .*data\[1\] is torch.float64"):
+        baselines.trak(run, first(run), run.initial)
+    torch.manual_seed(0)
+    model = cases.mlp().double()
+
+    def smoothed(model, x, y):
+        return F.cross_entropy(model(x), y, reduction="none", label_smoothing=0.1)
+
+    run = magic.Run(model, cases.sgd()(model), cases.data(), smoothed, cases.order())
+    with pytest.raises(ValueError, match="the loss is not the cross-entropy"):
+        baselines.trak(run, first(run), run.initial)
+    run, *_ = cases.build("sgd")
+    for dim in (0, 41):
+        with pytest.raises(ValueError, match=f"dim={dim}: .* between 1 and n=40"):
+            baselines.trak(run, first(run), run.initial, dim=dim)
+
+
+@pytest.mark.parametrize(("name", "package"), [("trak", "traker"), ("ekfac", "kronfluence")])
+def test_a_missing_library_is_named(monkeypatch, name, package):
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("trak", "kronfluence")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, LIBRARY[name], None)
+    run, *_ = cases.build("sgd")
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'magic-attribution\[baselines\]'"):
+        METHODS[name](run, first(run), run.initial)
+
+
+@pytest.mark.parametrize("method", [baselines.tracin, baselines.trak])
+def test_no_states(method):
+    run, *_ = cases.build("sgd")
+    with pytest.raises(ValueError, match="states is empty"):
+        method(run, first(run), [])
+
+
+def test_bad_input():
+    run, *_ = cases.build("sgd")
+    x, y = first(run)
+    for test in [(x,), (x, y[:2]), (x[:, :4], y), (x[:0], y[:0]), (x, y[0]), (y, x)]:
+        with pytest.raises(ValueError, match="test must be tensors like the run's data"):
+            baselines.gradient_similarity(run, test, run.initial)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        baselines.gradient_similarity(run, (x, y), run.initial, batch_size=0)
+    with pytest.raises(TypeError, match="a list is no State"):
+        baselines.gradient_similarity(run, (x, y), [run.initial])
+    other, *_ = cases.build("lstm")
+    with pytest.raises(ValueError, match="of another run"):
+        baselines.tracin(run, (x, y), [run.initial, other.initial])
+    with pytest.raises(ValueError, match="strategy='kronecker': choose one of ekfac"):
+        baselines.ekfac(run, (x, y), run.initial, strategy="kronecker")
+    maximizes, *_ = cases.build("sgd-maximize")
+    with pytest.raises(ValueError, match="maximizes its loss"):
+        baselines.gradient_similarity(maximizes, (x, y), maximizes.initial)
+    dataset = torch.utils.data.TensorDataset(*run.data)
+    model = cases.mlp().double()
+    run = magic.Run(model, cases.sgd()(model), dataset, cases.loss, cases.order())
+    with pytest.raises(TypeError, match="is a TensorDataset; baselines take tensors"):
+        baselines.gradient_similarity(run, (x, y), run.initial)

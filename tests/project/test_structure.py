@@ -1,0 +1,209 @@
+"""The house of the package: imports go one way, modules and functions stay small, one public surface.
+
+The order is DESIGN's, down to up. A module imports only modules before it in the order. A leaf and the
+core reach each other only inside a function, or for a type.
+"""
+
+import ast
+import types
+from pathlib import Path
+
+import pytest
+
+import magic
+
+PACKAGE = Path(magic.__file__).parent
+ORDER = [
+    "show",
+    "identity.fingerprints", "identity.bytecode", "identity.content", "identity.parts",
+    "kernels.graph", "kernels.orders", "kernels.rewritten", "kernels.checkpointing", "kernels.normalisation",
+    "kernels.replace", "kernels.escapes", "kernels.stop_gradients", "kernels.precision",
+    "training.determinism", "training.memory", "training.arguments", "training.items", "training.order",
+    "training.state", "training.record", "training.finite", "training.optim", "training.first_step",
+    "training.run", "training.optim_adjoint",
+    "engine.adjoint", "engine.witness", "engine.schedule", "engine.costs", "engine.timeline", "engine.files",
+    "engine.store", "engine.footprint", "engine.trial", "engine.planning", "engine.health", "engine.resume",
+    "engine.replay",
+    "subsets", "points", "attribution",
+    "evidence.retraining", "evidence.bank", "evidence.outputs", "evidence.comparison",
+    "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
+    "evidence.baselines",
+]  # fmt: skip
+WINGS = ["identity", "kernels", "training", "engine", "evidence", "book"]
+LEAVES = ["book.plot", "book.data", "book.models", "book.checks"]
+OUTSIDE = [
+    "__init__",
+    "_moved",
+    *(f"{wing}.__init__" for wing in WINGS),
+]  # in no order: the surface, the maps
+# policy and place know no numerics
+ONLY = {
+    "engine.schedule": [],
+    "engine.costs": ["engine.schedule"],
+    "engine.timeline": ["engine.schedule"],
+    "engine.store": ["engine.files", "training.state", "training.record"],
+}
+NUMERICS = ["torch", "numpy"]
+MODULE_LINES, FUNCTION_LINES = 400, 60
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """The modules by name, from the package down: "run" of the wing "training" is "training.run"."""
+    paths = {".".join(p.relative_to(package).with_suffix("").parts): p for p in sorted(package.rglob("*.py"))}
+    return {name: ast.parse(p.read_text(encoding="utf-8")) for name, p in paths.items()}
+
+
+def imports(name: str, tree: ast.Module):
+    """Yield (source, where) of each import; a module of magic is ".wing.name", the package itself "."."""
+    inside = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= dict.fromkeys(ast.walk(node), "function")
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            inside |= dict.fromkeys((n for child in node.body for n in ast.walk(child)), "types")
+    for node in ast.walk(tree):
+        where = inside.get(node, "module")
+        if isinstance(node, ast.Import):
+            sources = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["magic", *name.split(".")][: -node.level] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            known = [alias.name for alias in node.names if f"{source}.{alias.name}"[6:] in ORDER + LEAVES]
+            sources = [f"{source}.{one}" for one in known] + [source] * (len(known) < len(node.names))
+        else:
+            continue
+        for source in sources:
+            first, _, rest = source.partition(".")
+            yield (f".{rest}" if first == "magic" else first), where
+
+
+def direction_problems(package: Path) -> list[str]:
+    problems = []
+    for name, tree in modules(package).items():
+        if name in OUTSIDE:
+            continue
+        if name not in ORDER + LEAVES:
+            problems.append(f"{name} is in no order: place it in ORDER or LEAVES of test_structure.py")
+            continue
+        before = ORDER[: ORDER.index(name)] if name in ORDER else []
+        for source, where in imports(name, tree):
+            other = source.removeprefix(".")
+            if not source.startswith("."):
+                wrong = name == "engine.schedule" and source in NUMERICS
+            elif name in LEAVES or other in LEAVES:
+                wrong = where == "module"
+            else:
+                wrong = other not in ONLY.get(name, before)
+            if wrong:
+                problems.append(f"{name} imports {source} ({where}): the order does not allow it")
+    return problems
+
+
+def size_problems(package: Path) -> list[str]:
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        lines = len(text.splitlines())
+        if lines > MODULE_LINES:
+            problems.append(f"{path.name} has {lines} lines, more than {MODULE_LINES}: its role has split")
+        if not ast.get_docstring(tree):
+            problems.append(f"{path.name} has no docstring")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    problems.append(f"{path.name}: {node.name} has {lines} lines, more than {FUNCTION_LINES}")
+    return problems
+
+
+def test_imports_go_one_way():
+    found = {(name, source) for name, tree in modules(PACKAGE).items() for source, _ in imports(name, tree)}
+    seen = {
+        ("training.run", ".training.state"), ("engine.replay", ".training.run"), ("points", ".subsets"),
+        ("engine.replay", ".engine.store"), ("training.run", ".training.arguments"),
+    }  # fmt: skip
+    assert seen <= found, "no imports were seen"
+    assert direction_problems(PACKAGE) == []
+
+
+def test_modules_and_functions_stay_small():
+    assert "training.run" in modules(PACKAGE), "no modules were seen"
+    assert size_problems(PACKAGE) == []
+
+
+def test_every_module_is_in_the_map_of_its_wing():
+    """What a wing's __init__ says is in it, is in it."""
+    for wing in WINGS:
+        text = ast.get_docstring(modules(PACKAGE)[f"{wing}.__init__"])
+        told = {word.strip(",") for line in text.splitlines()[1:] for word in line.split("  ")[0].split()}
+        there = {name.split(".")[1] for name in ORDER if name.startswith(f"{wing}.")}
+        assert there <= told or wing == "book", f"{wing}: {there - told} are not in its map"
+
+
+@pytest.mark.parametrize(
+    "name, source, word",
+    [
+        ("training.state", "from .run import Run", "training.state imports .training.run (module)"),
+        ("training.state", "from . import run", "training.state imports .training.run (module)"),
+        ("training.state", "import magic.training.run as r", "state imports .training.run (module)"),
+        ("training.state", "from magic.training.run import Run", "state imports .training.run (module)"),
+        ("training.state", "from ..engine import replay", "state imports .engine.replay (module)"),
+        ("training.state", "def f():\n    from .run import Run", "state imports .training.run (function)"),
+        ("engine.replay", "from .. import Run", "engine.replay imports . (module)"),
+        ("engine.replay", "import magic", "engine.replay imports . (module)"),
+        ("engine.schedule", "from ..training.state import State", "schedule imports .training.state"),
+        ("engine.schedule", "import torch.nn.functional as F", "engine.schedule imports torch"),
+        ("engine.store", "from ..training.run import Run", "engine.store imports .training.run"),
+        ("evidence.comparison", "from ..book.plot import scatter", "comparison imports .book.plot (module)"),
+        ("book.plot", "from ..training.run import Run", "book.plot imports .training.run (module)"),
+        ("training.novel", "import torch", "training.novel is in no order"),
+        ("engine.__init__", "", "__init__.py has no docstring"),
+        ("long", "x = 1\n" * (MODULE_LINES + 1), "long.py has 401 lines"),
+        ("training.run", "def f():\n" + "    x = 1\n" * FUNCTION_LINES, "f has 61 lines"),
+    ],
+)
+def test_a_bad_module_is_found(tmp_path, name, source, word):
+    path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source)
+    problems = direction_problems(tmp_path) + size_problems(tmp_path)
+    assert any(word in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("engine.replay", "from ..training import determinism\nfrom . import schedule\nimport torch"),
+        ("engine.store", "import torch\nfrom ..training.state import State"),
+        ("evidence.comparison", "def plot():\n    from ..book.plot import scatter"),
+        (
+            "book.plot",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..training.run import Run",
+        ),
+    ],
+)
+def test_a_good_module_passes(tmp_path, name, source):
+    path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+    path.parent.mkdir()
+    path.write_text(f'"""Says what it does."""\n{source}\n')
+    assert direction_problems(tmp_path) + size_problems(tmp_path) == []
+
+
+def test_the_public_surface_is_all():
+    missing = [name for name in magic.__all__ if not hasattr(magic, name)]
+    assert missing == [], f"in __all__, but not there: {missing}"
+    public = {
+        name
+        for name, value in vars(magic).items()
+        if not name.startswith("_") and (name in magic.__all__ or not isinstance(value, types.ModuleType))
+    }
+    assert public == set(magic.__all__)
+    assert len(magic.__all__) == len(public) > 0
+
+
+def test_init_defines_nothing_of_its_own():
+    tree = modules(PACKAGE)["__init__"]
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    own = [node.name for node in ast.walk(tree) if isinstance(node, defined)]
+    assert own == []
