@@ -4,6 +4,22 @@ run = magic.Run(model, optimizer, data=(x, y), loss=loss, batches=magic.batches(
 scores = magic.attribute(run, measure)          # (K, n), exact
 scores.removal_effect([42])                     # predicted change of each measured output
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
+
+The package has six wings. A module uses only what stands before it in this list:
+
+show        tables and progress bars
+identity    is it the same run, to the bit and to the last line of its code?
+kernels     derivatives of a derivative that PyTorch lacks, has slowly, or cuts off
+training    a training run as a pure function of its data weights
+engine      REPLAY: the derivative of the whole run, from few states
+attribution, points, subsets    the scores; where the derivative is taken; which examples are left out
+evidence    is the prediction true? Train again, and see
+book        what the chapters share: data, models, plots, claims
+
+To see how `attribute()` works, read nine files in this order, each of which opens with what it is for:
+training/state, training/update and training/sgd, training/gradient, training/run (a run as a function);
+engine/adjoint, engine/schedule, engine/store, engine/replay (its derivative); attribution. Chapters 03 to 05
+tell the same at leisure. The others are checks, places and conveniences around these.
 """
 
 from . import _moved, points, subsets

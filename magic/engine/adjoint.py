@@ -3,7 +3,7 @@
 REPLAY (Engstrom et al. 2025, arXiv 2503.13751), section 3. One step is s' = U(s, g), with U the
 optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' is pulled back in two pulls:
 
-1. through U, which is elementwise (`training.optim_adjoint`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
+1. through U, which is elementwise (`training.update`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
 2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
                                       (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
 
@@ -26,10 +26,11 @@ from torch import Tensor
 from ..kernels.graph import graph_nodes
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
-from ..training.optim_adjoint import ADJOINTS, Pull
+from ..training.optim import ADJOINTS
 from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
+from ..training.update import Pull
 
 
 class NotDifferentiable(RuntimeError):

@@ -18,8 +18,8 @@ from ..identity import fingerprints
 from ..kernels.escapes import FUNCTION
 from ..show import bar
 from ..training import determinism
+from ..training.adam import warn_of_underflow
 from ..training.finite import NonFinite, checked
-from ..training.optim_adjoint import warn_of_underflow
 from ..training.record import ReplayMismatch, checksums
 from ..training.run import Run
 from ..training.state import Cotangent, State

@@ -34,7 +34,8 @@ from .store import Disk
 NUMERICS = (
     "kernels/orders", "kernels/normalisation", "kernels/replace", "kernels/rewritten",
     "kernels/stop_gradients", "training/determinism", "training/arguments", "training/state",
-    "training/optim", "training/optim_adjoint", "training/run", "training/first_step",
+    "training/optim", "training/hypers", "training/sgd", "training/adam", "training/run", "training/gradient",
+    "training/network", "training/first_step",
     "engine/adjoint", "engine/schedule", "engine/store", "engine/files", "engine/resume", "engine/replay",
 )  # fmt: skip
 PACKAGE = Path(__file__).parents[1]

@@ -1,11 +1,15 @@
 """Training: a run as a pure function of its data weights.
 
-Read `state`, `optim`, `run`, in this order; the others hold one duty each.
+Read `state`, `update` with `sgd`, `gradient` and `run`, in this order; the others hold one duty each.
 
 determinism    what must be fixed, and whose turn it is
 state          all that training carries, as a value; the cotangent, which is a type of its own
-optim          SGD, Adam and AdamW as pure functions, read from the user's object
-optim_adjoint  their derivatives
+update         what an optimizer's rule and its adjoint are
+sgd, adam      torch.optim.SGD, Adam and AdamW: each rule as a pure function, and its adjoint below it
+optim          the user's optimizer, read: its rule, and the parameters that it trains
+hypers         the hyper-parameters of each step, read from optimizer and scheduler
+network        the model as a function of the tensors in it
+gradient       what a step minimises, and its gradient
 arguments      what a Run refuses, and how it says so
 items          the identity of a Dataset's items
 memory         what a model or a loss remembers outside its arguments

@@ -13,59 +13,27 @@ on CUDA with the optimizer's `foreach=False`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..identity import fingerprints
 from ..identity.parts import Identity, of_callable, of_model
-from ..kernels.graph import uses, uses_of
-from ..kernels.replace import differentiable, measuring
-from ..kernels.stop_gradients import Stops
+from ..kernels.graph import uses
+from ..kernels.replace import measuring
 from ..show import bar
-from . import arguments, determinism, finite, optim
+from . import arguments, determinism, finite, hypers, optim
 from .first_step import first_step
+from .gradient import Gradient, gradient, total
 from .items import of_dataset
-from .record import Passed, sums
+from .network import Network
+from .record import Passed
 from .state import State
 
 REMEMBERED = 8  # trainings whose record is kept; those before are forgotten
-
-
-class _Call(nn.Module):
-    """f(model, ...) as a module's forward, so that functional_call can put tensors into the model."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, f: Callable, *args):
-        return f(self.model, *args)
-
-
-@dataclass(frozen=True, eq=False)
-class Gradient:
-    """What a step's backward pass returns.
-
-    total      the weighted loss, a scalar
-    by_name    parameter -> gradient, or None where the step does not use the parameter
-    buffers    the buffers after the forward pass, and the names of those that it wrote
-    same_bits  no operation was replaced by one with other bits
-    escaped    ways on which a number that depends on the parameters may have left the graph
-    """
-
-    total: Tensor
-    by_name: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
-    written: frozenset[str]
-    same_bits: bool
-    escaped: tuple[str, ...] = ()
 
 
 class Run:
@@ -106,24 +74,19 @@ class Run:
         self.rule, self.group_of = optim.read(optimizer, model)
         self.data, self.n = arguments.check_data(data)
         self.batches = arguments.check_batches(batches, self.n)
-        self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
+        self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
-        self._adopt(arguments.frozen_copy(model, keep=self.group_of))
-        named = dict(self._model.named_parameters())
+        self.network = Network(arguments.frozen_copy(model, keep=self.group_of))
+        named = dict(self.network.module.named_parameters())
         first = named[next(iter(self.group_of))]
         self.device, self.dtype = first.device, first.dtype
         self._passed: dict[str, Passed] = {}
         params = {name: p.detach().clone() for name, p in named.items() if name in self.group_of}
-        buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
+        buffers = {name: b.detach().clone() for name, b in self.network.module.named_buffers()}
         self.initial = State(params, buffers, {name: {} for name in params}, moved=frozenset())
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._outside = weakref.WeakValueDictionary(model.named_parameters())
         first_step(self, model)
-
-    def _adopt(self, model: nn.Module) -> None:
-        self._model, self._call = model, _Call(model)
-        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self._frozen_sums = sums(self._frozen)
 
     # -- what a user calls -------------------------------------------------------------------------
 
@@ -150,7 +113,7 @@ class Run:
         """A fresh module holding this state's values, in eval mode, usable like any other."""
         if state.params.keys() != self.initial.params.keys():
             raise ValueError("this state is of another run: its parameters have other names")
-        model = arguments.clean_copy(self._model)
+        model = arguments.clean_copy(self.network.module)
         values = {**state.params, **state.buffers}
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -186,8 +149,8 @@ class Run:
         parts: dict[str, object] = {
             "the start s_0": self.initial.fingerprint(),
             "the model's constants or modes": (
-                fingerprints.fingerprint(self._model),
-                [module.training for module in self._model.modules()],
+                fingerprints.fingerprint(self.network.module),
+                [module.training for module in self.network.module.modules()],
             ),
             "the optimizer or its hyper-parameters": (self.rule.__name__, self.hypers, self.group_of),
             "the order of the batches": [fingerprints.fingerprint(b) for b in self.batches],
@@ -204,7 +167,7 @@ class Run:
 
     def _outer_identity(self, fresh: bool = False) -> Identity:
         """The identity of what the user wrote: the model, the loss, and a Dataset's items."""
-        found = of_model(self._model) | of_callable(self.loss, "loss")
+        found = of_model(self.network.module) | of_callable(self.loss, "loss")
         if isinstance(self.data, tuple):
             return found
         if fresh or "_items" not in self.__dict__:
@@ -220,9 +183,9 @@ class Run:
         return self.__dict__ | {"_passed": {}, "_outside": {}}
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.initial.params.values())
+        count, kind = sum(p.numel() for p in self.initial.params.values()), type(self.network.module)
         return (
-            f"Run({type(self._model).__name__}, {count:,} parameters, n={self.n:,}, T={self.steps:,}, "
+            f"Run({kind.__name__}, {count:,} parameters, n={self.n:,}, T={self.steps:,}, "
             f"B={len(self.batches[0])}, {self.rule.__name__}, normalize={self.normalize!r}, {self.dtype})"
         )
 
@@ -243,56 +206,13 @@ class Run:
         """The gradient of step t's weighted loss; `weight` is (B,), the data weights of the batch.
 
         Training calls this to step, the adjoint, with create_graph, to linearise: there is one definition
-        of what a step minimises. The backward pass runs while the tensors are in the model, since
-        activation checkpointing calls the model again there.
+        of what a step minimises.
         """
-        arguments.check_mode(self.device)
-        determinism.seed_step(self.seed, t)
-        batch = self.batch(t)
-        held = {name: x.clone() for name, x in buffers.items()}
-
-        stops = Stops(cuts=True, buffers=held.values())
-
-        def weighted(model):
-            with contextlib.ExitStack() as modes:
-                replace = modes.enter_context(differentiable()) if create_graph else None
-                if create_graph:
-                    modes.enter_context(stops)
-                losses = self.loss(model, *batch)
-            arguments.check_leaves(params, t)
-            total = self._total(losses, weight, t)
-            leaves, stops.escapes.open = list(params.values()), False
-            grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
-            if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
-                used = uses_of(total, leaves)
-                grads = [g if i in used else None for i, g in enumerate(grads)]
-            stops.pulling = True
-            return total, grads, not (replace and replace.rewritten) and not stops.stopped
-
-        watched = params | self._frozen
-        before = [p._version for p in watched.values()]
-        (total, grads, same_bits), after = self.apply(weighted, params, buffers, held=held)
-        arguments.check_unwritten(watched, before, t)
-        written = frozenset(name for name, b in after.items() if b is not buffers[name])
-        by_name = dict(zip(params, grads, strict=True))
-        escaped = stops.escapes.found([total, *after.values()]) if create_graph else ()
-        return Gradient(total, by_name, after, written, same_bits, escaped)
-
-    def _total(self, losses: Tensor, weight: Tensor, t: int) -> Tensor:
-        """Σ wᵢℓᵢ / B, or / Σ wᵢ."""
-        arguments.check_losses(losses, len(weight), t)
-        w = weight.to(losses.dtype)
-        return (w * losses).sum() / (len(w) if self.normalize == "batch" else w.sum())
+        return gradient(self, params, buffers, weight, t, create_graph)
 
     def total(self, state: State, weights: Tensor) -> float:
         """The weighted loss of the step at `state`, with training's bits."""
-        t = state.step
-        determinism.seed_step(self.seed, t)
-        batch, weight = self.batch(t), weights[self.batches[t].to(weights.device)]
-        with torch.enable_grad():  # some kernels are others where no gradient is taken
-            leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-            losses, _ = self.apply(lambda model: self.loss(model, *batch), leaves, state.buffers)
-            return self._total(losses, weight, t).item()
+        return total(self, state, weights)
 
     @determinism.in_turn
     @measuring
@@ -302,11 +222,11 @@ class Run:
         It sees a copy, so what it does to the model ends with it. The numbers may carry a graph.
         """
         determinism.seed_step(self.seed, self.steps)
-        named = [*self._model.named_parameters(), *self._model.named_buffers()]
-        shared = {id(x): x for name, x in named if name not in self._frozen}
-        model = arguments.clean_copy(self._model, shared).eval()
+        named = [*self.network.module.named_parameters(), *self.network.module.named_buffers()]
+        shared = {id(x): x for name, x in named if name not in self.network.frozen}
+        model = arguments.clean_copy(self.network.module, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
-        out, _ = self.apply(measure, params, buffers, call=_Call(model))
+        out, _ = Network(model, watch=False).apply(measure, params, buffers)
         arguments.check_outputs(out)
         if name := uses(out, dict(self._outside)):
             raise ValueError(
@@ -314,20 +234,14 @@ class Run:
             )
         return out
 
-    def apply(
-        self, f: Callable, params: dict, buffers: dict, *, call: _Call | None = None, held: dict | None = None
-    ) -> tuple:
-        """f(model) with these tensors in the model, and the buffers it left: the given tensor of a buffer
-        that it did not write. `held` are copies of the buffers to put into the model."""
-        held = held or {name: x.clone() for name, x in buffers.items()}
-        fresh = {name: x._version for name, x in held.items()}
-        tensors = {f"model.{name}": x for name, x in {**params, **held}.items()}
-        out = functional_call(call or self._call, tensors, (f,))
-        after = {name: tensors[f"model.{name}"] for name in buffers}
-        for name, x in after.items():
-            if x is held[name] and x._version == fresh[name] and torch.equal(x, buffers[name]):
-                after[name] = buffers[name]
-        return out, after
+    # until nothing asks for these any more
+    _model = property(lambda self: self.network.module)
+    _frozen = property(lambda self: self.network.frozen)
+    _frozen_sums = property(lambda self: self.network._sums)
+    apply = property(lambda self: self.network.apply)
+
+    def _adopt(self, model: nn.Module) -> None:
+        self.network = Network(model)
 
     def moved(self, state: State) -> list[str]:
         """The floating-point buffers that training has written by now; the others are constants so far."""

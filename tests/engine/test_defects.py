@@ -20,7 +20,7 @@ import magic
 from magic import schedule
 from magic.engine import costs
 from magic.training import arguments, memory, optim
-from magic.training.optim_adjoint import underflowing
+from magic.training.adam import underflowing
 
 N, B = 12, 4
 DICE = torch.Generator().manual_seed(0)

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 TOP = {
-    "notebooks", "magic", "tests", "environment.yml", "README.md", "pyproject.toml", "constraints.txt",
-    "LICENSE", ".gitignore", ".ci",
+    "notebooks", "magic", "tests", "environment.yml", "README.md", "CONTRIBUTING.md", "pyproject.toml",
+    "constraints.txt", "LICENSE", ".gitignore", ".ci",
 }  # fmt: skip
 # what `import magic` must do without, though it is installed
 LATER = [

@@ -1,54 +1,53 @@
-"""The adjoint of an optimizer's update, by hand: pull cotangents of (param, slots) back through it.
+"""torch.optim.Adam and AdamW: their update and the adjoint of that.
 
-The update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all
-targets share. `adjoint(param, grad, slots, hyper, after)` computes these vectors and returns
-
-    pull(cotangent) -> grad_cotangent
-
-which takes the cotangents of what the update returns, {"param": (rows, *shape), slot: (rows, *shape)},
-turns them in place into those of what it took, and returns the gradient's. `after` is what the slots
-were after the update, or None where that is not known. A slot that the update made has no cotangent
-before it; what is left in its place means nothing.
-
-Derived line by line from the rules in `magic.training.optim`; the tests compare them with autograd of those.
+Source: torch/optim/adam.py; Kingma & Ba 2015; Loshchilov & Hutter 2019.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import optim
-from .optim import Slots
-
-Pull = Callable[[dict[str, Tensor]], Tensor]
+from .update import Pull, Rule, Slots, before_the_rule
 
 
-def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
-    """The adjoint of optim.sgd: b' = μb + (1 − δ)g, p' = p − η(g + μb') with Nesterov, else p − ηb'."""
-    lr, momentum, nesterov = hyper["lr"], hyper["momentum"], hyper["nesterov"]
-    first = "momentum_buffer" not in slots  # then b' = g
+def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
+    """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize.
 
-    def pull(cotangent: dict[str, Tensor]) -> Tensor:
-        to_param = cotangent["param"]
-        if momentum == 0:
-            return _before_the_rule(to_param, to_param * -lr, hyper)
-        to_buffer = cotangent["momentum_buffer"]
-        to_buffer.add_(to_param, alpha=-lr * (momentum if nesterov else 1.0))
-        to_grad = to_buffer * (1.0 if first else 1.0 - hyper["dampening"])
-        if nesterov:
-            to_grad.add_(to_param, alpha=-lr)
-        to_buffer.mul_(momentum)
-        return _before_the_rule(to_param, to_grad, hyper)
+    `eps_root` is added to v̂ under the root, as in optax (Engstrom et al. 2025 use it for smoothness).
+    torch.optim has no such option and ignores it in a parameter group: with it, the loop is another.
+    """
+    lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
+    if hyper["maximize"]:
+        grad = -grad
+    if not slots:
+        zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
+        slots = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros}
+        if hyper["amsgrad"]:
+            slots["max_exp_avg_sq"] = zeros
+    if hyper["weight_decay"] != 0:
+        if hyper["decoupled_weight_decay"]:
+            param = param.mul(1 - lr * hyper["weight_decay"])
+        else:
+            grad = grad.add(param, alpha=hyper["weight_decay"])
+    step = slots["step"] + 1
+    m = slots["exp_avg"].lerp(grad, 1 - beta1)
+    v = slots["exp_avg_sq"].mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+    new = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    if hyper["amsgrad"]:
+        v = new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], v)
+    t = step.item()
+    if hyper.get("eps_root"):
+        v = v + hyper["eps_root"] * (1 - beta2**t)
+    denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
+    return param.addcdiv(m, denominator, value=-(lr / (1 - beta1**t))), new
 
-    return pull
 
-
-def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
-    """The adjoint of optim.adam: m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², p' = p − α m'/(√v'/c + ε);
+def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
+    """The adjoint of `adam`: m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², p' = p − α m'/(√v'/c + ε);
     with eps_root ρ, √(v' + ρc²)/c in place of √v'/c.
 
     d√v/dv is infinite at v = 0, where no gradient has been (an embedding row that no batch touched) or
@@ -62,7 +61,7 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | 
     if decay != 0 and not decoupled:
         grad = grad.add(param, alpha=decay)
     if after is None:
-        after = optim.adam(param, grad, slots, hyper | {"weight_decay": 0, "maximize": False})[1]
+        after = adam(param, grad, slots, hyper | {"weight_decay": 0, "maximize": False})[1]
     t, m, v = after["step"].item(), after["exp_avg"], after["exp_avg_sq"]
     most = after["max_exp_avg_sq"] if hyper["amsgrad"] else v
     alpha, c = hyper["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
@@ -90,8 +89,8 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | 
         to_v.mul_(beta2)
         if decay != 0 and decoupled:
             to_param.mul_(1 - hyper["lr"] * decay)
-            return _before_the_rule(to_param, to_grad, hyper | {"weight_decay": 0})
-        return _before_the_rule(to_param, to_grad, hyper)
+            return before_the_rule(to_param, to_grad, hyper | {"weight_decay": 0})
+        return before_the_rule(to_param, to_grad, hyper)
 
     return pull
 
@@ -107,7 +106,7 @@ def underflowing(grad: Tensor, after: Slots) -> int:
     return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
 
 
-def warn_of_underflow(rule: optim.Rule, state, grads: dict[str, Tensor], hyper_of: dict[str, dict]) -> None:
+def warn_of_underflow(rule: Rule, state, grads: dict[str, Tensor], hyper_of: dict[str, dict]) -> None:
     """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
 
     `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
@@ -118,7 +117,7 @@ def warn_of_underflow(rule: optim.Rule, state, grads: dict[str, Tensor], hyper_o
         known = torch.finfo(grad.dtype)
         hidden = (known.smallest_normal * known.eps) ** 0.5  # the root of the smallest number
         hyper = hyper_of[name]
-        if rule is optim.adam and not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
+        if rule is adam and not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
             grad = grad.detach()
             after = rule(state.params[name], grad, state.slots[name], hyper)[1]
             counts[name] = underflowing(grad, after)
@@ -130,13 +129,3 @@ def warn_of_underflow(rule: optim.Rule, state, grads: dict[str, Tensor], hyper_o
             "up, give the group an eps_root or a larger eps, or use float64",
             stacklevel=3,
         )
-
-
-def _before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
-    """Through g = ±grad + weight_decay · param."""
-    if hyper["weight_decay"] != 0:
-        to_param.add_(to_grad, alpha=hyper["weight_decay"])
-    return to_grad.neg_() if hyper["maximize"] else to_grad
-
-
-ADJOINTS: dict[optim.Rule, Callable[..., Pull]] = {optim.sgd: sgd, optim.adam: adam}

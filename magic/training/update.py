@@ -1,0 +1,40 @@
+"""What an optimizer's rule and its adjoint are, and what all of them share.
+
+A rule is one update of one parameter, `rule(param, grad, slots, hyper) -> (param, slots)`. It repeats, out
+of place, the very operations of PyTorch's single-tensor implementation in their order, so that a step gives
+the bits that `optimizer.step()` gives. `slots` are what the optimizer remembers of the parameter, by
+PyTorch's names; they are empty before the first update.
+
+An update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all targets
+share. `adjoint(param, grad, slots, hyper, after)` computes these vectors and returns
+
+    pull(cotangent) -> grad_cotangent
+
+which takes the cotangents of what the update returns, {"param": (rows, *shape), slot: (rows, *shape)}, turns
+them in place into those of what it took, and returns the gradient's. `after` is what the slots were after the
+update, or None where that is not known. A slot that the update made was not there before it, so nobody reads
+what is left in the place of its cotangent.
+
+Each adjoint is derived line by line from its rule, which stands above it; the tests compare it with autograd
+of the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Slots = dict[str, Tensor]
+Rule = Callable[..., tuple[Tensor, Slots]]
+Pull = Callable[[dict[str, Tensor]], Tensor]
+
+
+def before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
+    """The pull through what comes before a rule, g = ±grad + weight_decay · param.
+
+    `to_grad` is the cotangent of g; `to_param` is added to in place. Returns the cotangent of grad.
+    """
+    if hyper["weight_decay"] != 0:
+        to_param.add_(to_grad, alpha=hyper["weight_decay"])
+    return to_grad.neg_() if hyper["maximize"] else to_grad
