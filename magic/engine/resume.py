@@ -34,7 +34,8 @@ from .store import Disk
 NUMERICS = (
     "kernels/orders", "kernels/normalisation", "kernels/replace", "kernels/rewritten",
     "kernels/stop_gradients", "training/determinism", "training/arguments", "training/state",
-    "training/optim", "training/hypers", "training/sgd", "training/adam", "training/run", "training/gradient",
+    "training/optim", "training/hypers", "training/sgd", "training/adam", "training/rmsprop",
+    "training/run", "training/gradient",
     "training/network", "training/first_step",
     "engine/adjoint", "engine/schedule", "engine/store", "engine/files", "engine/resume", "engine/replay",
 )  # fmt: skip

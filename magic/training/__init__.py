@@ -5,7 +5,7 @@ Read `state`, `update` with `sgd`, `gradient` and `run`, in this order; the othe
 determinism    what must be fixed, and whose turn it is
 state          all that training carries, as a value; the cotangent, which is a type of its own
 update         what an optimizer's rule and its adjoint are
-sgd, adam      torch.optim.SGD, Adam and AdamW: each rule as a pure function, and its adjoint below it
+sgd, adam, rmsprop      torch.optim's SGD, Adam, AdamW and RMSprop: each rule and its adjoint
 optim          the user's optimizer, read: its rule, and the parameters that it trains
 hypers         the hyper-parameters of each step, read from optimizer and scheduler
 network        the model as a function of the tensors in it

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .adam import adam, adam_adjoint
+from .rmsprop import rmsprop, rmsprop_adjoint
 from .sgd import sgd, sgd_adjoint
 from .update import Pull, Rule
 
 # Another optimizer is one more file like sgd.py, and a line in each of these two tables.
-RULES: dict[type, Rule] = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
-ADJOINTS: dict[Rule, Callable[..., Pull]] = {sgd: sgd_adjoint, adam: adam_adjoint}
+RULES: dict[type, Rule] = {
+    torch.optim.SGD: sgd,
+    torch.optim.Adam: adam,
+    torch.optim.AdamW: adam,
+    torch.optim.RMSprop: rmsprop,
+}
+ADJOINTS: dict[Rule, Callable[..., Pull]] = {sgd: sgd_adjoint, adam: adam_adjoint, rmsprop: rmsprop_adjoint}
 
 REFUSED = {
     "foreach": "foreach=True uses other kernels; leave it out (the bits are those of foreach=False)",

@@ -165,6 +165,10 @@ def adamw(lr=1e-2, **options):
     return lambda model: torch.optim.AdamW(model.parameters(), lr, **options)
 
 
+def rmsprop(lr=1e-2, **options):
+    return lambda model: torch.optim.RMSprop(model.parameters(), lr, **options)
+
+
 def one_cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS)
 
@@ -195,6 +199,8 @@ CASES = {
     "adamw": Case(mlp, adamw(weight_decay=0.1)),
     "adamw-amsgrad": Case(mlp, adamw(amsgrad=True)),
     "adamw-maximize": Case(mlp, adamw(1e-3, maximize=True)),
+    "rmsprop": Case(mlp, rmsprop(weight_decay=0.01)),
+    "rmsprop-centered": Case(mlp, rmsprop(centered=True, momentum=0.9, alpha=0.9, eps=1e-4)),
     "sgd-onecycle": Case(mlp, sgd(momentum=0.9), one_cycle),
     "adamw-onecycle": Case(mlp, adamw(), one_cycle),
     "adam-sequential": Case(mlp, adam(), warm_then_cosine),

@@ -80,6 +80,21 @@ def adam(p, g, m, h):
     return p - step, (t, first, second, top_before)
 
 
+def rmsprop(p, g, m, h):
+    g = (-g if h["maximize"] else g) + h["weight_decay"] * p
+    second, first, b = m or (0.0 * g, 0.0 * g, 0.0 * g)
+    second, first = h["alpha"] * second + (1 - h["alpha"]) * g**2, h["alpha"] * first + (1 - h["alpha"]) * g
+    spread = second - first**2 if h["centered"] else second
+    root = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0) ** 0.5, 0.0)
+    b = h["momentum"] * b + g / (root + h["eps"])
+    return p - h["lr"] * b, (second, first, b)
+
+
+TEXTBOOK = {
+    torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam, torch.optim.RMSprop: rmsprop,
+}  # fmt: skip
+
+
 class Bound(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -100,7 +115,7 @@ def unroll(
     params = {f"model.{k}": p.clone() for k, p in model.named_parameters() if p.requires_grad}
     buffers = {f"model.{k}": b.clone() for k, b in model.named_buffers()}
     memory = dict.fromkeys(params)
-    update = sgd if isinstance(optimizer, torch.optim.SGD) else adam
+    update = next(rule for kind, rule in TEXTBOOK.items() if isinstance(optimizer, kind))
     weights = weights.clone().requires_grad_()
     for t, indices in enumerate(batches):
         seed_step(seed, t)

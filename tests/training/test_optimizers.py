@@ -21,12 +21,17 @@ ADAM = [
      "decoupled_weight_decay": decoupled, "amsgrad": amsgrad, "maximize": maximize}
     for decay, decoupled, amsgrad, maximize in itertools.product((0, 0.05), *[(False, True)] * 3)
 ]  # fmt: skip
+RMSPROP = [
+    {"lr": 0.01, "alpha": 0.9, "eps": 1e-6, "momentum": momentum, "centered": centered,
+     "weight_decay": decay, "maximize": maximize}
+    for momentum, decay, centered, maximize in itertools.product((0, 0.9), (0, 0.05), *[(False, True)] * 2)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3])
 @pytest.mark.parametrize(
     "rule, hyper",
-    [(optim.sgd, h) for h in SGD] + [(optim.adam, h) for h in ADAM],
+    [(optim.sgd, h) for h in SGD] + [(optim.adam, h) for h in ADAM] + [(optim.rmsprop, h) for h in RMSPROP],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_against_autograd_of_the_rule(rule, hyper, updates):
