@@ -125,7 +125,7 @@ def optimizer_of(model, kind):
         optimizer.register_step_post_hook(lambda *_: None)
         return optimizer
     return {
-        "rmsprop": lambda: torch.optim.RMSprop(p),
+        "adadelta": lambda: torch.optim.Adadelta(p),
         "fused": lambda: torch.optim.AdamW(p, fused=True),
         "foreach": lambda: torch.optim.SGD(p, 0.1, foreach=True),
         "capturable": lambda: torch.optim.Adam(p, capturable=True),
@@ -140,7 +140,7 @@ def optimizer_of(model, kind):
         ("other", ValueError, "not a parameter of the model"),
         ("stepped", ValueError, "already been stepped"),
         ("hooks", ValueError, "hooks"),
-        ("rmsprop", TypeError, "RMSprop.*AdamW"),
+        ("adadelta", TypeError, "Adadelta.*AdamW"),
         ("fused", ValueError, "fused=True"),
         ("foreach", ValueError, "foreach=True"),
         ("capturable", ValueError, "capturable=True"),
