@@ -11,8 +11,9 @@ import magic
 from magic import schedule
 from magic.book import data, models
 from magic.engine import footprint
-from magic.engine.planning import PLACES, parse_bytes
-from tests.support import cases
+from magic.engine.planning import PLACES
+from magic.engine.search import parse_bytes
+from tests.support import cases, slots
 
 
 def digits_run(targets=8, steps=40):
@@ -107,7 +108,7 @@ def test_what_the_plan_says():
     run, measure = digits_run()
     plan = magic.plan(run, 8, memory="60MB")
     words = dict(plan.rows())
-    assert words.keys() >= {"states kept", "targets", "steps done again", "memory", "time"}
+    assert words.keys() >= {"states kept", "targets", "extra steps", "memory", "time"}
     assert words["memory"].endswith("of 60.0 MB") and "8 in 1 sweep" in words["targets"]
     assert "<table>" in plan._repr_html_()
     assert "steps advanced" in plan.timeline() and len(plan.timeline().splitlines()) > 4
@@ -165,13 +166,13 @@ def test_measure_of_nothing():
 def test_the_disk_is_used_where_it_pays(tmp_path, monkeypatch, seconds, wanted):
     """A fast folder saves steps; a slow one is left alone. The slots used most often stay in memory."""
     run, _ = digits_run()
-    trial = magic.engine.planning.try_step
+    measure_step = magic.engine.planning.measure_step
 
     def with_a_disk_of_that_speed(*arguments):
-        return dataclasses.replace(trial(*arguments), disk_seconds=seconds)
+        return dataclasses.replace(measure_step(*arguments), disk_seconds=seconds)
 
-    monkeypatch.setattr(magic.engine.planning, "try_step", with_a_disk_of_that_speed)
-    plan, without = magic.plan(run, 1, memory="13MB", disk=tmp_path), magic.plan(run, 1, memory="13MB")
+    monkeypatch.setattr(magic.engine.planning, "measure_step", with_a_disk_of_that_speed)
+    plan, without = magic.plan(run, 1, memory="14MB", disk=tmp_path), magic.plan(run, 1, memory="14MB")
     assert list(tmp_path.iterdir()) == [], "the trial has cleaned up"
     here, there = plan.tier_of.count(0), plan.tier_of.count(2)
     assert here >= 2 and (there >= 2) == wanted
@@ -180,10 +181,8 @@ def test_the_disk_is_used_where_it_pays(tmp_path, monkeypatch, seconds, wanted):
         return
     assert plan.extra < without.extra
     assert f"{there} in {PLACES[2]}" in dict(plan.rows())["states kept"]
-    uses = [0] * plan.states
-    for _, slot in schedule.placed(plan.actions()):
-        uses[slot] += 1
-    by_place = {place: [u for u, t in zip(uses, plan.tier_of, strict=True) if t == place] for place in (0, 2)}
+    uses = slots.uses(plan.actions())
+    by_place = {place: [uses[slot] for slot, t in enumerate(plan.tier_of) if t == place] for place in (0, 2)}
     assert min(by_place[0]) >= max(by_place[2])
 
 

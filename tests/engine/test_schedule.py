@@ -138,7 +138,7 @@ def test_store_all_repeats_nothing():
     assert found == Cost(
         3000, peak_states=3000, peak_traces=1, trained=2999, advanced=2999, traced=0, saves=3000, loads=5999
     )
-    assert (found.extra, found.again, found.forward) == (0, 2999, 5999)
+    assert (found.extra, found.forward) == (0, 5999)
     assert check(binomial(3000, 3000), 3000) == found
     tree = check(kary(3000, 3000), 3000)
     assert (tree.extra, tree.peak_states, tree.loads) == (0, 3000, 3001)  # all are saved in one go
@@ -149,14 +149,14 @@ def test_all_traced_does_each_step_once():
     assert found == Cost(
         50, peak_states=1, peak_traces=50, trained=0, advanced=0, traced=50, saves=1, loads=1
     )
-    assert (found.extra, found.again, found.forward) == (0, 0, 50)
+    assert (found.extra, found.forward) == (0, 50)
 
 
 def test_cost_of_a_schedule_with_traces():
     found = cost(binomial(7, 2, traces=2), 7)  # blocks [0, 1), [1, 3), [3, 5), [5, 7)
     assert found.advanced == best_split(7, 2, 2) == 6
     assert (found.trained, found.extra) == (5, 1)  # training traces its last two steps
-    assert (found.traced, found.peak_traces, found.forward, found.again) == (7, 2, 13, 6)
+    assert (found.traced, found.peak_traces, found.forward) == (7, 2, 13)
 
 
 # --- the actions, one by one
