@@ -19,9 +19,11 @@ from magic.engine.schedule import (
     Save,
     Trace,
     binomial,
+    binomial_split,
     check,
     cost,
     kary,
+    repeats_of,
     reverse,
     store_all,
 )  # fmt: skip
@@ -111,6 +113,28 @@ def test_binomial_is_the_best_of_all_schedules(states, traces):
     for steps in range(1, 8):
         found = check(binomial(steps, states, traces), steps, states, traces)
         assert found.advanced == best_of_all(steps, states, traces), (steps, states, traces)
+
+
+def test_the_best_splits_are_those_within_the_bounds():
+    """The invariant of `binomial_split`: all splits within its bounds are best, and no others."""
+
+    def reach(slots, repeats):
+        return comb(slots + 1 + repeats, slots + 1) if repeats >= 0 else 0
+
+    for steps in range(2, 50):
+        for slots in range(1, 7):
+            r = repeats_of(steps, slots)
+            taken = {
+                m: m + best_split(steps - m, slots, 1) + best_split(m, slots + 1, 1) for m in range(1, steps)
+            }
+            best = {m for m, advanced in taken.items() if advanced == min(taken.values())}
+            within = {
+                m
+                for m in range(1, steps)
+                if reach(slots, r - 2) <= m <= reach(slots, r - 1)
+                and reach(slots - 1, r - 1) <= steps - m <= reach(slots - 1, r)
+            }
+            assert best == within and binomial_split(steps, slots) == max(best), (steps, slots)
 
 
 @pytest.mark.parametrize("states", [1, 2, 3, 4, 6, 9, 14])
