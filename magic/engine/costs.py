@@ -83,19 +83,20 @@ def _depths(blocks: int, slots: int) -> np.ndarray:
     """
     found = np.zeros(min(slots + 1, blocks), dtype=np.int64)
     depth, found[0] = 0, 1
+    repeats = repeats_of(blocks, slots)
     while blocks > 1 and slots > 0:
-        repeats = repeats_of(blocks, slots)
         if repeats == 1:  # every block but the first gets a slot, until no slot is left
             found[depth + 1 : depth + 1 + min(blocks - 1, slots)] += 1
             break
-        left = binomial_split(blocks, slots)
+        left = binomial_split(blocks, slots, repeats)
         found[depth + 1] += 1
         if left == comb(slots + repeats, slots + 1):  # the left part is full
             _add_full(found[depth + 1 :], slots, repeats - 1)
             depth, slots, blocks = depth + 1, slots - 1, blocks - left
+            repeats = repeats_of(blocks, slots)
         else:  # the right part is full
             _add_full(found[depth + 2 :], slots - 1, repeats - 1)
-            blocks = left
+            blocks, repeats = left, repeats - 1
     return found
 
 

@@ -153,9 +153,8 @@ class Plan(Table):
         return self._time(USUAL)
 
     def _time(self, prices: Prices) -> float:
-        return self.work.time(
-            self.sweeps, Sweep(self.cost.advanced, self.cost.traced, self.disk_accesses), prices
-        )
+        one = Sweep(self.cost.advanced, self.cost.traced, self.disk_accesses)
+        return self.work.time(self.sweeps, one, prices)
 
     @property
     def nbytes(self) -> int:
@@ -190,12 +189,11 @@ class Plan(Table):
             each = f"{self.traces:,}; {one.trace_bytes / 1e6:,.2f} MB each"
             facts.append(("traced steps kept", each, f" and {self.traces:,} traced steps"))
         memory = f"{self.nbytes / 1e6:,.1f} MB"
-        of, of_mb = (f" of {self.room / 1e6:,.1f}", " MB") if self.room else ("", "")
-        facts.append(("memory", memory + of + of_mb, f", {memory}{of}"))
+        budget = f" of {self.room / 1e6:,.1f}" if self.room else ""
+        facts.append(("memory", f"{memory}{budget}{' MB' if budget else ''}", f", {memory}{budget}"))
         rate = f"({self.extra / self.steps:.2f} per step)"
-        facts.append(
-            ("extra steps", f"{self.extra:,} a sweep {rate}", f"; {self.extra:,} extra steps {rate}")
-        )
+        extra = f"{self.extra:,} extra steps {rate}"
+        facts.append(("extra steps", f"{self.extra:,} a sweep {rate}", f"; {extra}"))
         grouped = f"; {sweeps} sweeps of {self.group} targets" if sweeps > 1 else ""
         flight = f"{min(self.chunk, self.group)} in flight"
         many = f"{self.targets:,} in {sweeps} sweep{'s' * (sweeps > 1)}, {flight}"

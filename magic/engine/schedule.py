@@ -92,7 +92,7 @@ def repeats_of(blocks: int, slots: int) -> int:
     return repeats
 
 
-def binomial_split(steps: int, slots: int) -> int:
+def binomial_split(steps: int, slots: int, repeats: int | None = None) -> int:
     """How many of `steps` steps Revolve passes before it saves; provably, no choice makes fewer extra steps.
 
     Let reach(s, r) = comb(s + 1 + r, s + 1). So many steps can be reversed with s states beside the first
@@ -104,9 +104,10 @@ def binomial_split(steps: int, slots: int) -> int:
     reach(slots, r − 1) steps and the right part reach(slots − 1, r − 1) to reach(slots − 1, r). Within the
     upper bounds no step is advanced through more than r times; below a lower bound, one part would have
     times to spare for which the other pays. All splits within the bounds are equally good. This is the last
-    of them, so one of the two parts always has a length that is a reach: `costs` relies on that.
+    of them, so one of the two parts always has a length that is a reach: `costs` relies on that. `repeats` is
+    r, where it is known already.
     """
-    repeats = repeats_of(steps, slots)
+    repeats = repeats_of(steps, slots) if repeats is None else repeats
     most_left = comb(slots + repeats, slots + 1)  # reach(slots, repeats − 1)
     least_right = comb(slots + repeats - 1, slots)  # reach(slots − 1, repeats − 1)
     return min(most_left, steps - least_right)

@@ -14,7 +14,7 @@ from ..training.run import Run
 from . import costs
 from .adjoint import CHUNK
 from .trial import StepCost
-from .work import USUAL, Choice, Work
+from .work import USUAL, Choice, Prices, Work
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 CACHE = 40e6  # bytes of traces that targets in flight may work on, on a CPU: about an L3 cache
@@ -107,7 +107,7 @@ def best_kept(work: Work, bare: Choice, budget: Budget) -> Choice:
     return min(_keeping(work, bare, budget), key=lambda c: _time(work, c, work.measured))
 
 
-def _time(work: Work, choice: Choice, prices) -> float:
+def _time(work: Work, choice: Choice, prices: Prices) -> float:
     return work.time(work.sweeps(choice.group), work.sweep(choice), prices)
 
 
