@@ -22,8 +22,7 @@ from torch import Tensor
 
 from .engine.files import replacing
 from .engine.health import Health, Verification
-from .engine.planning import Plan
-from .engine.planning import plan as settle
+from .engine.planning import Plan, plan_within
 from .engine.replay import Replay, measured_outputs, metagradient, try_measure
 from .identity import fingerprints, parts
 from .points import Where, describe
@@ -281,9 +280,7 @@ def attribute(
         raise ValueError("plan= and memory= contradict each other: a plan was made for a budget; give one")
     where = settle_where(run, at, drop)
     targets, measuring = try_measure(run, measure)
-    planned = (
-        plan.of(targets, run.steps) if plan else settle(run, targets, memory, disk=disk, measuring=measuring)
-    )
+    planned = plan.of(targets, run.steps) if plan else plan_within(run, targets, memory, disk, measuring)
     many = len(where.points) > 1
     if progress:
         print(f"{len(where.points)} times: {planned}" if many else planned)

@@ -30,7 +30,7 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, int, i
 
 
 class _Watch(TorchDispatchMode):
-    """Counts each storage that an operation makes, from then until it is freed."""
+    """Counts each storage that an operation makes, from then until it is freed; those seen before count 0."""
 
     def __init__(self):
         super().__init__()

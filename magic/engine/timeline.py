@@ -7,16 +7,17 @@ from itertools import pairwise
 
 from .schedule import Action, Adjoint, Advance, Trace, check, walk
 
-MARKS = " ·─═●◄"  # where two meet, the later one is seen
+MARKS = " ·─═●◄"  # where two fall on the same place, the later one of these is shown
 LEGEND = "● kept   ─ advanced   ═ traced   ◄ adjoint   · waits for its adjoint"
 
 
 def draw(actions: Iterable[Action], steps: int, width: int = 64) -> str:
     """A picture of a schedule in text: training steps from left to right, time from top to bottom.
 
-    A row is one sweep, a way forward and the adjoints after it; the number is the steps it advanced.
-    In a picture too large, a column stands for several steps and a row for several sweeps; such a
-    row shows the states kept at its first adjoint.
+    A row is one sweep, a way forward and the adjoints after it; the number beside it is how many steps it
+    advanced. A schedule that is too large for this gets a picture in which a column stands for several
+    steps, and a row for several sweeps (some twenty rows are made then); such a row shows the states that
+    are kept at its first adjoint.
     """
     actions = list(actions)
     took = check(actions, steps)
@@ -33,6 +34,7 @@ def draw(actions: Iterable[Action], steps: int, width: int = 64) -> str:
 
 
 def _ruler(steps: int, columns: int) -> str:
+    """The numbers of the steps, at a round distance at which they do not touch: 1, 2, 5, 10, 20, 50, …"""
     gaps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
     gap = next(g for g in gaps if g * columns >= (len(str(steps)) + 3) * steps)
     line = ""
@@ -44,6 +46,7 @@ def _ruler(steps: int, columns: int) -> str:
 
 
 def _rows(actions: list[Action], turns: list[bool], steps: int, columns: int, sweeps: int) -> Iterator[str]:
+    """The picture's rows. `turns` says of each action whether a sweep ends with it."""
     half = columns // steps // 2  # two columns to a step: the state before it, and the step itself
     row, advanced, left = [MARKS.index("·")] * columns, 0, sum(turns)
 

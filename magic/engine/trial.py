@@ -1,4 +1,4 @@
-"""One step of a run, tried and measured: what a replay's plan is made from."""
+"""One step of a run, done and measured: what a replay's plan is made from."""
 
 from __future__ import annotations
 
@@ -22,14 +22,26 @@ from .adjoint import trace, traced_vjp
 from .store import Disk, written
 from .witness import EXAMPLES
 
+# What the witness (`check_step`) holds at its peak beside activations: the model's copy, the point, the
+# direction, the gradient, its random weights and the derivative, and up to three more while autograd is at
+# work. Each is as large as the parameters in float64. Measured on MLPs of 64 to 1,024 units: 8.1 to 9.9 such
+# copies, nearer to nine for the larger ones, where it matters.
+WITNESS_COPIES = 9
+# The witness's activations, beside a trace and a pull of as many examples in float64. Measured on
+# convolutional nets, where activations are all that counts: 1.03 to 1.05; an MLP and a transformer take less.
+WITNESS_ACTIVATIONS = 1.1
+
 
 @dataclass(frozen=True)
-class Trial:
-    """One step, tried: bytes and seconds of a state, a trace, and a target pulled back.
+class StepCost:
+    """What one step takes, in bytes and seconds: a state, a trace, and a target pulled back.
 
-    target_bytes   a target's cotangent, kept from step to step
+    state_bytes    a state, as it is kept
+    trace_bytes    a trace: the next state, the gradient, and the graph that they were computed by
+    target_bytes   a target's cotangent, kept from step to step, and a gradient that is added to it
     pull_bytes     what pulling one target through a step holds meanwhile
-    check_bytes    what the witness holds, a step of a few examples in float64: as a rule
+    check_bytes    what the witness holds while it checks a step, by a rule (`_witness_bytes`)
+    disk_seconds   a state written and read again; 0 without a folder
 
     same_bits  a traced step gives training's bits, so that a trace may stand for a step
     batched    targets can be pulled back together
@@ -50,52 +62,88 @@ class Trial:
     convolves: bool
 
 
-def try_step(run: Run, targets: int, disk: Path | None = None) -> Trial:
-    """Measure the second step of the run (the first fills the optimizer's slots), or its only one."""
-    weights = run.weights()
+def measure_step(run: Run, targets: int, disk: Path | None = None) -> StepCost:
+    """Measure the second step of the run, or its only one: the first makes the optimizer's slots.
+
+    The step is traced and pulled through twice. The first time bytes are counted, which is slow, and what
+    PyTorch sets up at a first call is set up; the second time the clock runs.
+    """
+    weights, together = run.weights(), min(targets, 2)
     with determinism.alone():
         after_first = run.step(run.initial, weights)
         state = after_first if run.steps > 1 else run.initial
-        expected, step_seconds = _timed(lambda: run.step(state, weights))
-        (traced, trace_bytes, _), _ = _timed(
-            lambda: footprint.measured(lambda: trace(run, state, weights), run.device)
-        )
-        at_once = min(targets, 2)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            cotangent = _ones(traced.after, at_once)
-            _, _, pull_bytes = footprint.measured(partial(traced_vjp, run, traced, cotangent), run.device)
-        batched = not any("one by one" in str(w.message) for w in caught)
-        convolves = any("Conv" in node.name() for node in graph_nodes(list(traced.grads.values())))
-        del traced, cotangent
-        again, trace_seconds = _timed(lambda: trace(run, state, weights))
-        cotangent = _ones(again.after, at_once)
-        _, pull_seconds = _timed(lambda: traced_vjp(run, again, cotangent))
-        disk_seconds = 0.0
-        if disk is not None:
-            with tempfile.TemporaryDirectory(prefix=".magic-trial-", dir=disk) as folder:
-                place = Disk(Path(folder), run.initial)
-                _, disk_seconds = _timed(lambda: (place.save(1, after_first), place.load(1)))
-    nbytes = sum(x.numel() * x.element_size() for x in written(after_first).values())
-    gradient = sum(x.numel() * x.element_size() for x in run.initial.params.values())
-    share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0]) * 8 / run.dtype.itemsize
-    return Trial(
-        state_bytes=nbytes,
-        trace_bytes=trace_bytes,
-        target_bytes=cotangent.nbytes // at_once + gradient,
-        pull_bytes=pull_bytes // at_once,
-        check_bytes=int(share * (trace_bytes + pull_bytes // at_once)) + 14 * gradient,
+        after, step_seconds = _timed(lambda: run.step(state, weights))
+        held = _held(run, state, together)
+        traced, trace_seconds = _timed(lambda: trace(run, state, weights))
+        cotangent = _ones(traced.after, together)
+        _, pull_seconds = _timed(lambda: traced_vjp(run, traced, cotangent))
+        disk_seconds = 0.0 if disk is None else _disk_seconds(run, after_first, disk)
+    state_bytes = _nbytes(written(after_first))
+    gradient_bytes = _nbytes(run.initial.params)
+    return StepCost(
+        state_bytes=state_bytes,
+        trace_bytes=held.trace,
+        target_bytes=cotangent.nbytes // together + gradient_bytes,
+        pull_bytes=held.pull,
+        check_bytes=_witness_bytes(run, held.trace + held.pull, state_bytes, gradient_bytes),
         step_seconds=step_seconds,
         trace_seconds=trace_seconds,
-        pull_seconds=pull_seconds / at_once,
+        pull_seconds=pull_seconds / together,
         disk_seconds=disk_seconds,
-        same_bits=checksums(again.after) == checksums(expected),
-        batched=batched,
-        convolves=convolves,
+        same_bits=checksums(traced.after) == checksums(after),
+        batched=held.batched,
+        convolves=held.convolves,
     )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that a trace holds, and that a pull of one target holds beside it; and what was seen there."""
+
+    trace: int
+    pull: int
+    batched: bool
+    convolves: bool
+
+
+def _held(run: Run, state: State, together: int) -> _Held:
+    weights = run.weights()
+    traced, trace_bytes, _ = footprint.measured(lambda: trace(run, state, weights), run.device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pull = partial(traced_vjp, run, traced, _ones(traced.after, together))
+        _, _, pull_bytes = footprint.measured(pull, run.device)
+    batched = not any("one by one" in str(w.message) for w in caught)
+    convolves = any("Conv" in node.name() for node in graph_nodes(list(traced.grads.values())))
+    return _Held(trace_bytes, pull_bytes // together, batched, convolves)
+
+
+def _witness_bytes(run: Run, traced_and_pulled: int, state: int, gradient: int) -> int:
+    """What `check_step` holds at its peak.
+
+    It does in float64 what a trace and a pull do, but on a few examples of the batch only. So of the bytes
+    of these two it takes the part that grows with the batch, in proportion. What does not grow are a state
+    and a gradient in the trace, and a cotangent, as large as a state, and about two gradients in the pull:
+    they are taken off, and the witness's own copies are put in their place.
+    """
+    wider = 8 / run.dtype.itemsize  # a number in float64, beside one of the run's
+    share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0])
+    activations = max(0, traced_and_pulled - 2 * state - 3 * gradient)
+    return int(wider * (WITNESS_ACTIVATIONS * share * activations + WITNESS_COPIES * gradient))
+
+
+def _disk_seconds(run: Run, state: State, disk: Path) -> float:
+    with tempfile.TemporaryDirectory(prefix=".magic-trial-", dir=disk) as folder:
+        place = Disk(Path(folder), run.initial)
+        return _timed(lambda: (place.save(1, state), place.load(1)))[1]
+
+
+def _nbytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
 def _timed(work: Callable):
+    """The result, and the seconds that it took. A GPU works on its own, so it is waited for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -106,7 +154,7 @@ def _timed(work: Callable):
 
 
 def _ones(state: State, count: int) -> Cotangent:
-    """A cotangent of `count` targets, to try with."""
+    """A cotangent of `count` targets to try a pull with; its numbers do not matter."""
 
     def like(tensors: dict) -> dict:
         return {k: x.new_ones(count, *x.shape) for k, x in tensors.items() if x.is_floating_point()}

@@ -2,7 +2,6 @@
 
 import random
 import sys
-import time
 import warnings
 from collections import deque
 from itertools import count
@@ -18,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import magic
 from magic import schedule
-from magic.engine import costs
 from magic.training import arguments, memory, optim
 from magic.training.adam import underflowing
 
@@ -593,25 +591,3 @@ def test_states_and_actions_and_a_plan_with_memory_contradict():
     plan = magic.plan(run, states=3)
     with pytest.raises(ValueError, match="plan= and memory= contradict"):
         magic.attribute(run, measure, plan=plan, memory="1GB", progress=False)
-
-
-@pytest.mark.parametrize("traces", [0, 1, 2, 3, 5, 40])
-def test_costs_in_closed_form_are_those_of_walking(traces):
-    for steps in (*range(1, 22), 57, 90, 131):
-        for states in (*range(1, 8), 12, steps):
-            actions = list(schedule.binomial(steps, states, traces))
-            assert costs.binomial(steps, states, traces) == schedule.check(actions, steps)
-            walked = [0] * states
-            for _, slot in schedule.placed(actions):
-                walked[slot] += 1
-            known = costs.uses(steps, states, traces)
-            assert known + [0] * (states - len(known)) == walked
-
-
-def test_costs_of_long_runs_are_known_at_once():
-    start = time.perf_counter()
-    for states in (1, 2, 50, 440, 1000, 50_000, 100_000):
-        costs.binomial(100_000, states)
-        costs.uses(100_000, states)
-    assert time.perf_counter() - start < 2  # walking takes minutes
-    assert costs.binomial(100_000, 100_000).extra == 0

@@ -1,7 +1,9 @@
 """A budget in bytes is kept: the plan fits, what is measured fits, and the answer does not change."""
 
 import dataclasses
+import itertools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 import magic
 from magic import schedule
 from magic.book import data, models
-from magic.engine import footprint
-from magic.engine.planning import PLACES, parse_bytes
-from tests.support import cases
+from magic.engine import footprint, search, trial
+from magic.engine.planning import PLACES, Plan
+from magic.engine.search import parse_bytes
+from magic.engine.witness import check_step
+from magic.engine.work import Choice, Sweep, Work
+from tests.support import cases, slots
 
 
 def digits_run(targets=8, steps=40):
@@ -89,12 +94,93 @@ def test_every_plan_is_legal_and_within_its_room(name, targets):
         magic.plan(run, targets, memory=int(0.9 * least))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("batch", [8, 128])
+def test_what_the_witness_holds(dtype, optimizer, batch):
+    """The rule for it, against what is measured; 14 gradients, which it once was, are too little here."""
+    dice = torch.Generator().manual_seed(0)
+    x, y = torch.randn(128, 64, generator=dice, dtype=dtype), torch.randint(10, (128,), generator=dice)
+    torch.manual_seed(0)
+    model = models.MLP((64, 512, 512, 10)).to(dtype)
+    order = magic.batches(len(x), batch, 4)[:4]
+    run = magic.Run(model, optimizer(model.parameters(), 1e-3), (x, y), cases.loss, order)
+    told = trial.measure_step(run, 1).check_bytes
+    state = run.step(run.initial, run.weights())
+    _, _, held = footprint.measured(lambda: check_step(run, state, run.weights()), run.device)
+    assert held <= told <= 1.5 * held
+
+
 def test_more_memory_is_never_slower():
     run, _ = digits_run()
     plans = [magic.plan(run, 16, memory=f"{mb}MB") for mb in (18, 25, 40, 80, 200)]
     efforts = [plan.effort for plan in plans]
     assert efforts == sorted(efforts, reverse=True) and efforts[0] > efforts[-1]
     assert plans[0].sweeps > 1 and plans[-1].sweeps == 1
+
+
+STEP = trial.StepCost(
+    state_bytes=10_000, trace_bytes=50_000, target_bytes=20_000, pull_bytes=60_000, check_bytes=200_000,
+    step_seconds=1e-3, trace_seconds=2e-3, pull_seconds=2e-3, disk_seconds=1e-3,
+    same_bits=True, batched=True, convolves=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("disk", [0, 100, 10**9])
+@pytest.mark.parametrize("targets", [1, 64])
+def test_a_long_run_is_planned_at_once(targets, disk, monkeypatch):
+    """100,000 steps and any budget: no schedule is walked through, and a bounded number are compared."""
+    forbidden = mock.Mock(side_effect=AssertionError("a schedule was walked through"))
+    for name in ("reverse", "walk", "check", "binomial", "store_all"):
+        monkeypatch.setattr(schedule, name, forbidden)
+    priced = mock.Mock(side_effect=search._time)
+    monkeypatch.setattr(search, "_time", priced)
+    work = Work(100_000, targets, STEP, row_bytes=400)
+    least = work.nbytes(Choice(1, 1))
+    for more in (0, 10, 100, 10_000, 10**6, 10**8, 10**9, 10**11):
+        priced.reset_mock()
+        choice = search.best(work, search.Budget(least + more, 0, disk), chunk=8)
+        plan = Plan(
+            work, choice.group, choice.chunk, choice.traces, search.places(100_000, choice), least + more
+        )
+        assert f"{plan.extra:,} extra steps" in str(plan) and plan.rows()
+        assert plan.nbytes <= plan.room and 0 < priced.call_count <= 200
+    assert plan.traces == 100_000 and plan.extra == 0
+
+
+@pytest.mark.parametrize("steps", [7, 40, 333])
+def test_what_a_plan_expects_is_what_its_schedule_takes(steps):
+    """A choice is priced without a schedule; walking through the schedule finds the same time."""
+    seen = set()
+    for targets, disk, more in itertools.product((1, 20), (0, 5, 1000), (0, 3, 12, 60, 300, 5000)):
+        work = Work(steps, targets, STEP, row_bytes=400)
+        budget = search.Budget(work.nbytes(Choice(1, 1)) + more * STEP.state_bytes, 0, disk)
+        choice = search.best(work, budget, chunk=8)
+        plan = Plan(
+            work, choice.group, choice.chunk, choice.traces, search.places(steps, choice), budget.nbytes
+        )
+        walked = schedule.check(plan.actions(), steps, plan.states, plan.traces)
+        uses = slots.uses(plan.actions())
+        accesses = sum(uses[slot] for slot, place in enumerate(plan.tier_of) if place == 2)
+        sweep = Sweep(walked.advanced, walked.traced, accesses)
+        assert work.sweep(choice) == sweep and plan.cost == walked
+        assert plan.seconds == work.time(plan.sweeps, sweep, work.measured)
+        seen |= {(plan.sweeps > 1, plan.traces > 0, accesses > 0, plan.extra > 0)}
+    assert len(seen) > 3, "degenerate: the plans are all of a kind"
+
+
+def test_arguments_that_contradict_are_refused_by_name(tmp_path):
+    """More of it in test_defects: each pair of them."""
+    run, *_ = cases.build("sgd")
+    actions = schedule.store_all(run.steps)
+    with pytest.raises(ValueError, match="memory= and states= contradict each other: give one of them"):
+        magic.plan(run, memory="1GB", states=3)
+    with pytest.raises(ValueError, match="states= and actions= contradict"):
+        magic.plan(run, states=3, actions=actions)
+    with pytest.raises(ValueError, match="disk= and actions= contradict"):
+        magic.plan(run, disk=tmp_path, actions=actions)
+    with pytest.raises(TypeError, match="measuring"):
+        magic.plan(run, measuring=1000)
 
 
 def test_the_grouping_of_targets_needs_no_clock():
@@ -107,7 +193,7 @@ def test_what_the_plan_says():
     run, measure = digits_run()
     plan = magic.plan(run, 8, memory="60MB")
     words = dict(plan.rows())
-    assert words.keys() >= {"states kept", "targets", "steps done again", "memory", "time"}
+    assert words.keys() >= {"states kept", "targets", "extra steps", "memory", "time"}
     assert words["memory"].endswith("of 60.0 MB") and "8 in 1 sweep" in words["targets"]
     assert "<table>" in plan._repr_html_()
     assert "steps advanced" in plan.timeline() and len(plan.timeline().splitlines()) > 4
@@ -144,6 +230,8 @@ def test_a_schedule_that_is_not_legal():
     actions = [a for a in schedule.binomial(run.steps, 3) if not isinstance(a, schedule.Load)]
     with pytest.raises(ValueError, match="is not legal"):
         magic.plan(run, actions=actions)
+    with pytest.raises(ValueError, match=f"the schedule ends with {run.steps} steps not reversed"):
+        magic.plan(run, actions=[])
     with pytest.raises(ValueError, match=r"is not legal|steps not reversed"):
         magic.plan(run, actions=schedule.store_all(run.steps - 1))
 
@@ -165,13 +253,13 @@ def test_measure_of_nothing():
 def test_the_disk_is_used_where_it_pays(tmp_path, monkeypatch, seconds, wanted):
     """A fast folder saves steps; a slow one is left alone. The slots used most often stay in memory."""
     run, _ = digits_run()
-    trial = magic.engine.planning.try_step
+    measure_step = magic.engine.planning.measure_step
 
     def with_a_disk_of_that_speed(*arguments):
-        return dataclasses.replace(trial(*arguments), disk_seconds=seconds)
+        return dataclasses.replace(measure_step(*arguments), disk_seconds=seconds)
 
-    monkeypatch.setattr(magic.engine.planning, "try_step", with_a_disk_of_that_speed)
-    plan, without = magic.plan(run, 1, memory="13MB", disk=tmp_path), magic.plan(run, 1, memory="13MB")
+    monkeypatch.setattr(magic.engine.planning, "measure_step", with_a_disk_of_that_speed)
+    plan, without = magic.plan(run, 1, memory="14MB", disk=tmp_path), magic.plan(run, 1, memory="14MB")
     assert list(tmp_path.iterdir()) == [], "the trial has cleaned up"
     here, there = plan.tier_of.count(0), plan.tier_of.count(2)
     assert here >= 2 and (there >= 2) == wanted
@@ -180,10 +268,8 @@ def test_the_disk_is_used_where_it_pays(tmp_path, monkeypatch, seconds, wanted):
         return
     assert plan.extra < without.extra
     assert f"{there} in {PLACES[2]}" in dict(plan.rows())["states kept"]
-    uses = [0] * plan.states
-    for _, slot in schedule.placed(plan.actions()):
-        uses[slot] += 1
-    by_place = {place: [u for u, t in zip(uses, plan.tier_of, strict=True) if t == place] for place in (0, 2)}
+    uses = slots.uses(plan.actions())
+    by_place = {place: [uses[slot] for slot, t in enumerate(plan.tier_of) if t == place] for place in (0, 2)}
     assert min(by_place[0]) >= max(by_place[2])
 
 

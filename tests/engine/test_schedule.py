@@ -19,9 +19,11 @@ from magic.engine.schedule import (
     Save,
     Trace,
     binomial,
+    binomial_split,
     check,
     cost,
     kary,
+    repeats_of,
     reverse,
     store_all,
 )  # fmt: skip
@@ -113,6 +115,28 @@ def test_binomial_is_the_best_of_all_schedules(states, traces):
         assert found.advanced == best_of_all(steps, states, traces), (steps, states, traces)
 
 
+def test_the_best_splits_are_those_within_the_bounds():
+    """The invariant of `binomial_split`: all splits within its bounds are best, and no others."""
+
+    def reach(slots, repeats):
+        return comb(slots + 1 + repeats, slots + 1) if repeats >= 0 else 0
+
+    for steps in range(2, 50):
+        for slots in range(1, 7):
+            r = repeats_of(steps, slots)
+            taken = {
+                m: m + best_split(steps - m, slots, 1) + best_split(m, slots + 1, 1) for m in range(1, steps)
+            }
+            best = {m for m, advanced in taken.items() if advanced == min(taken.values())}
+            within = {
+                m
+                for m in range(1, steps)
+                if reach(slots, r - 2) <= m <= reach(slots, r - 1)
+                and reach(slots - 1, r - 1) <= steps - m <= reach(slots - 1, r)
+            }
+            assert best == within and binomial_split(steps, slots) == max(best), (steps, slots)
+
+
 @pytest.mark.parametrize("states", [1, 2, 3, 4, 6, 9, 14])
 def test_binomial_takes_as_many_steps_as_checkpoint_schedules(states):
     """Its snapshots count the one of s_0, and its Forward also does a step's trace."""
@@ -138,7 +162,7 @@ def test_store_all_repeats_nothing():
     assert found == Cost(
         3000, peak_states=3000, peak_traces=1, trained=2999, advanced=2999, traced=0, saves=3000, loads=5999
     )
-    assert (found.extra, found.again, found.forward) == (0, 2999, 5999)
+    assert (found.extra, found.forward) == (0, 5999)
     assert check(binomial(3000, 3000), 3000) == found
     tree = check(kary(3000, 3000), 3000)
     assert (tree.extra, tree.peak_states, tree.loads) == (0, 3000, 3001)  # all are saved in one go
@@ -149,14 +173,14 @@ def test_all_traced_does_each_step_once():
     assert found == Cost(
         50, peak_states=1, peak_traces=50, trained=0, advanced=0, traced=50, saves=1, loads=1
     )
-    assert (found.extra, found.again, found.forward) == (0, 0, 50)
+    assert (found.extra, found.forward) == (0, 50)
 
 
 def test_cost_of_a_schedule_with_traces():
     found = cost(binomial(7, 2, traces=2), 7)  # blocks [0, 1), [1, 3), [3, 5), [5, 7)
     assert found.advanced == best_split(7, 2, 2) == 6
     assert (found.trained, found.extra) == (5, 1)  # training traces its last two steps
-    assert (found.traced, found.peak_traces, found.forward, found.again) == (7, 2, 13, 6)
+    assert (found.traced, found.peak_traces, found.forward) == (7, 2, 13)
 
 
 # --- the actions, one by one

@@ -65,7 +65,7 @@ def test_two_thousand_steps_in_sixteen_states(digits):
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), (x, y), cases.loss, order)
     assert run.steps == 2000
     plan = magic.plan(run, targets=2, states=16)
-    assert "16 states kept" in str(plan) and "steps done again" in str(plan)
+    assert "16 states kept" in str(plan) and "extra steps" in str(plan)
     measure, weights = of_test_images(x_test, y_test, 2), run.weights()
     replay = magic.engine.replay.metagradient(run, measure, weights, plan, progress=False)
     assert replay.peak_states == (16, 0, 0)

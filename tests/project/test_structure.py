@@ -22,9 +22,9 @@ ORDER = [
     "training.state", "training.record", "training.finite", "training.update", "training.sgd",
     "training.adam", "training.rmsprop", "training.optim", "training.hypers", "training.network",
     "training.gradient", "training.first_step", "training.run",
-    "engine.adjoint", "engine.witness", "engine.schedule", "engine.costs", "engine.timeline", "engine.files",
-    "engine.store", "engine.footprint", "engine.trial", "engine.planning", "engine.health", "engine.resume",
-    "engine.replay",
+    "engine.adjoint", "engine.witness", "engine.actions", "engine.walk", "engine.schedule", "engine.costs",
+    "engine.timeline", "engine.files", "engine.store", "engine.footprint", "engine.trial", "engine.work",
+    "engine.search", "engine.planning", "engine.health", "engine.resume", "engine.replay",
     "subsets", "points", "attribution",
     "evidence.retraining", "evidence.bank", "evidence.outputs", "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
@@ -39,7 +39,9 @@ OUTSIDE = [
 ]  # in no order: the surface, the maps
 # policy and place know no numerics
 ONLY = {
-    "engine.schedule": [],
+    "engine.actions": [],
+    "engine.walk": ["engine.actions"],
+    "engine.schedule": ["engine.actions", "engine.walk"],
     "engine.costs": ["engine.schedule"],
     "engine.timeline": ["engine.schedule"],
     "engine.store": ["engine.files", "training.state", "training.record"],
