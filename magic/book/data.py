@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..show import needs
+
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -32,11 +34,7 @@ def digits(train: int = 1200, test: int = 500, seed: int = 0) -> Split:
 
     Source: UCI ML, "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("digits needs scikit-learn: pip install 'magic-attribution[notebooks]'") from error
-    raw = load_digits()
+    raw = needs("sklearn.datasets", "notebooks", "digits needs").load_digits()
     x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1)
     y = torch.tensor(raw.target, dtype=torch.int64)
     if train + test > len(x):
@@ -130,13 +128,7 @@ def _fashion_folder() -> Path:
 
 
 def _torchvision():
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(
-            "this data set needs torchvision: pip install 'magic-attribution[notebooks]'"
-        ) from error
-    return datasets
+    return needs("torchvision.datasets", "notebooks", "this data set needs")
 
 
 def _no_data(name: str, files: str, folder: str, error: Exception) -> str:

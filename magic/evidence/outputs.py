@@ -11,13 +11,14 @@ import pickle
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..identity.parts import changed
-from ..show import bar, needs
+from ..show import bar, needs, options
 from ..training import determinism
 from ..training.run import Run
 from .bank import Bank
@@ -28,6 +29,19 @@ UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on,
 TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
 
 
+class Work(TypedDict, total=False):
+    """The keyword arguments that say how many retrainings are worked off; no output depends on them.
+
+    jobs      processes; None: one, until that would take long, then all cores, or what
+              joblib.parallel_config says. With more than one process set torch.set_num_threads(1) first, or
+              they take each other's cores
+    progress  whether a bar is shown; by default it is
+    """
+
+    jobs: int | None
+    progress: bool
+
+
 def outputs(
     run: Run,
     measure: Callable,
@@ -35,8 +49,7 @@ def outputs(
     *,
     how: str = "weight",
     bank: Bank | None = None,
-    jobs: int | None = None,
-    progress: bool = True,
+    **work: Unpack[Work],
 ) -> Tensor:
     """Measured outputs of the models trained with these data weights, on the CPU, in the run's precision.
 
@@ -47,7 +60,13 @@ def outputs(
     jobs   processes; None: one, until that would take long, then all cores, or what
            joblib.parallel_config says. The bits do not depend on it. With more than one process set
            torch.set_num_threads(1) first, or they take each other's cores
+    progress   whether a bar is shown; by default it is
+
+    Raises ValueError for a bank of another run or measure, for a damaged row of it, for a run that changed
+    while it was retrained, and ImportError where more than one process is needed and joblib is missing.
     """
+    told = options("outputs", work, Work)
+    jobs, progress = told.get("jobs"), told.get("progress", True)
     if weights.dim() == 1 and bank is None:
         return retrained(run, measure, weights, how).cpu()
     if weights.dim() == 1:
@@ -74,7 +93,10 @@ def outputs(
 
 
 def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):
-    """(row, its outputs), as they are done."""
+    """Yield the number of each row of `todo` and its outputs, (K,), as they are done.
+
+    The first is trained here, unless jobs are asked for: it says how long the others would take.
+    """
     start = time.monotonic()
     if jobs is None and todo and not _elsewhere():
         yield todo[0], retrained(run, measure, weights[todo[0]], how)
@@ -88,6 +110,7 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
 
 
 def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
+    """The same, by joblib. A worker gets several rows at a time, and run and measure once."""
     joblib = needs("joblib", "notebooks")
     from joblib.parallel import get_active_backend
 
