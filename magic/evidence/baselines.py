@@ -10,7 +10,8 @@ order alone.
 
 All take a run whose data are tensors, and `test`, tensors of the same kinds with K examples first;
 `batch_size` examples are taken together. Values are (K, n). What does not fit raises ValueError or
-TypeError; a library that is missing, ImportError.
+TypeError; a library that is missing, ImportError. TRAK and EK-FAC, which are done by their authors'
+libraries, have modules of their own.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ __all__ = ["ekfac", "gradient_similarity", "tracin", "trak"]
 def gradient_similarity(run: Run, test: Tensors, state: State, *, cosine=False, batch_size=64) -> Attribution:
     """Minus the dot product of a test and a training example's gradients, over n; or minus their cosine.
 
-    This is one step of gradient descent on the mean loss with rate 1, so the size has no meaning. The
-    cosine is 0 where a gradient is. 2 · batch_size gradients are held at once.
-    Source: Charpiat et al. 2019, arXiv 2102.05262.
+    state   where the gradients are taken, such as the trained one
+    cosine  the cosine instead of the product; it is 0 where a gradient is
+
+    This is one step of gradient descent on the mean loss with rate 1, so the size has no meaning.
+    2 · batch_size gradients are held at once. Source: Charpiat et al. 2019, arXiv 2102.05262.
     """
     test, (state,) = checked(run, test, [state], batch_size)
     products = _products(run, test, state, batch_size, cosine=cosine)
@@ -55,7 +58,8 @@ def tracin(run: Run, test: Tensors, states: list[State], *, batch_size=64) -> At
 
     with η the rate of the step that led to the state, for each parameter that of its group. The states
     should be spread evenly over the run; outputs are those of the last. 2 · batch_size gradients are
-    held at once. Source: Pruthi et al. 2020, arXiv 2002.08484, section 3.
+    held at once. Raises ValueError for no states or those of another run.
+    Source: Pruthi et al. 2020, arXiv 2002.08484, section 3.
     """
     test, states = checked(run, test, states, batch_size)
     total = 0.0
@@ -67,7 +71,10 @@ def tracin(run: Run, test: Tensors, states: list[State], *, batch_size=64) -> At
 
 
 def _gradients(run: Run, state: State, examples: Tensors, size: int) -> Iterator[Tensor]:
-    """The gradient of each example's loss, in eval mode: (at most size, parameters) at a time."""
+    """Yield the gradients of the examples' losses, in eval mode: (at most `size`, parameters) at a time.
+
+    They are taken together by vmap, or one by one, with a warning, where an operation cannot be batched.
+    """
 
     def loss(params, *example):
         one = [x.unsqueeze(0) for x in example]
@@ -86,7 +93,11 @@ def _gradients(run: Run, state: State, examples: Tensors, size: int) -> Iterator
 
 
 def _products(run: Run, test: Tensors, state: State, size: int, *, rates=None, cosine=False) -> Tensor:
-    """(K, n): g_k·g_i, with each parameter's part times its rate; or the cosine."""
+    """(K, n): g_k·g_i over test and training examples, with each parameter's part times its rate.
+
+    rates    parameter -> its rate; None for 1
+    cosine   the cosine instead, which is 0 where a gradient is
+    """
     rates = rates or dict.fromkeys(state.params, 1.0)
     scale = torch.cat([torch.full_like(p, rates[name]).flatten() for name, p in state.params.items()])
     unit, rows = F.normalize if cosine else nn.Identity(), []

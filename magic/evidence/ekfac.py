@@ -37,7 +37,8 @@ def ekfac(
     damping   λ; None for kronfluence's heuristic, 0.1 of the mean eigenvalue of each layer's block
     strategy  "ekfac", "kfac", "diagonal", or "identity", where G + λ is 1
 
-    Source: Grosse et al. 2023, arXiv 2308.03296, section 2.
+    Raises ValueError for a loss that calls a layer more than once or for a model without such layers, and
+    ImportError without kronfluence. Source: Grosse et al. 2023, arXiv 2308.03296, section 2.
     """
     test, (state,) = checked(run, test, [state], batch_size)
     if strategy not in STRATEGIES:

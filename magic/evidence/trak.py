@@ -33,7 +33,8 @@ def trak(
     seed    of the projection
 
     Computes in float32, not in traker's half precision. traker divides the inverse by the mean size of
-    its entries, which takes the scores' size away; that is left out.
+    its entries, which takes the scores' size away; that is left out. Raises ValueError for another kind of
+    run or dimension, and ImportError without traker.
     Source: Park et al. 2023, arXiv 2303.14186, section 3.
     """
     test, states = checked(run, test, states, batch_size)

@@ -204,6 +204,19 @@ def test_a_cluster():
         assert torch.equal(magic.outputs(run, measure, weights, progress=False), serial)
 
 
+def test_a_keyword_that_there_is_not():
+    run, measure = small()
+    with pytest.raises(TypeError, match=r"^outputs\(\) got an unexpected keyword argument 'job'"):
+        magic.outputs(run, measure, subsets.single(run.n, [1]), job=2)
+    scores = magic.Attribution(torch.eye(3, run.n), torch.zeros(3), torch.ones(run.n), run, measure)
+    with pytest.raises(TypeError, match=r"^lds\(\) got an unexpected keyword argument 'job'"):
+        magic.lds(scores, drop=0.1, subsets=3, job=2)
+    with pytest.raises(TypeError, match=r"^leave_one_out\(\) got an unexpected keyword argument 'banks'"):
+        magic.leave_one_out(scores, [1, 2, 3], banks=None)
+    with pytest.raises(TypeError, match="positional"):
+        magic.retrain(run, [1], False)
+
+
 # --- the bank
 
 
