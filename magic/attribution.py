@@ -267,7 +267,7 @@ def attribute(
     worst = max((replay.health for replay in found), key=lambda health: len(health.problems))
     worst.warn()
     at, outputs = _start(run, measure, taken, found)
-    values = sum(share * replay.values for share, replay in zip(taken.shares, found, strict=True))
+    values = _mean(taken.shares, [replay.values for replay in found])
     return Attribution(
         values, outputs, at, run, measure, planned, worst, point=taken.label, tangent=taken.tangent
     )
@@ -279,5 +279,14 @@ def _start(run: Run, measure: Callable, taken: Points, found: list[Replay]) -> t
         return run.weights(), measured_outputs(run, run.train(progress=False), measure)
     if len(found) == 1:
         return taken.points[0], found[0].outputs
-    at = sum(share * weights for share, weights in zip(taken.shares, taken.points, strict=True))
-    return at, sum(share * replay.outputs for share, replay in zip(taken.shares, found, strict=True))
+    return _mean(taken.shares, taken.points), _mean(taken.shares, [replay.outputs for replay in found])
+
+
+def _mean(shares: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors of one shape, with the share of each."""
+    pairs = zip(shares, tensors, strict=True)
+    share, x = next(pairs)
+    total = share * x
+    for share, x in pairs:
+        total = total + share * x
+    return total

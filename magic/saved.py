@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from .training.run import Run
 FORMAT = 3  # in format 2, `point` was called `where`
 NUMBERS = ("values", "outputs", "at")  # the arrays of the file
 KEPT = ("point", "tangent", "run_parts", "measure_parts", "made")  # in its JSON, as they are
-JUDGED = {"health": Health, "verification": Verification}  # in its JSON, by `note` and `of`
+JUDGED: dict[str, Any] = {"health": Health, "verification": Verification}  # in its JSON, by `note` and `of`
 FIELDS = (*NUMBERS, "run_fingerprint", *KEPT, *JUDGED)
 
 
-def write(path: str | os.PathLike, fields: Mapping[str, object]) -> None:
+def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
     """Write the `FIELDS` of an Attribution. Raises OSError where the file cannot be written."""
     path = os.fspath(path)
     meta = {"format": FORMAT, "run": fields["run_fingerprint"]}
@@ -41,12 +42,12 @@ def write(path: str | os.PathLike, fields: Mapping[str, object]) -> None:
         )
 
 
-def read(path: str | os.PathLike) -> dict[str, object]:
+def read(path: str | os.PathLike) -> dict[str, Any]:
     """Those of the `FIELDS` that the file has. What is raised for a foreign file, `only_ours` translates."""
     with np.load(os.fspath(path), allow_pickle=False) as file:
         meta = _checked(json.loads(file["meta"].tobytes()))
-        fields = {name: torch.from_numpy(file[name]) for name in NUMBERS}
-    fields["run_fingerprint"] = meta["run"]
+        fields: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in NUMBERS}
+    fields |= {"run_fingerprint": meta["run"]}
     fields |= {name: meta[name] for name in KEPT if name in meta}
     return fields | {name: kind.of(meta[name]) for name, kind in JUDGED.items() if name in meta}
 
@@ -68,7 +69,7 @@ def only_ours(path: str | os.PathLike) -> Iterator[None]:
 
 def check_serves(
     path: str | os.PathLike,
-    fields: Mapping[str, object],
+    fields: Mapping[str, Any],
     run: Run | None,
     measure: Callable | None,
     trust: bool | Iterable[str],
@@ -80,7 +81,9 @@ def check_serves(
     """
     of_run, of_measure = fields.get("run_parts"), fields.get("measure_parts")
     knows_run = of_run or fields["run_fingerprint"]
-    here, there, mine = parts.Identity(), {}, {}
+    here = parts.Identity()
+    there: dict[str, str] = {}
+    mine: dict[str, str] = {}
     if run is not None and knows_run:
         mine = run.identity()
         here |= parts.Identity(mine, run.unknown())
@@ -107,10 +110,10 @@ def _checked(meta) -> dict:
         raise ValueError("it does not say of which run it is")
     if "where" in meta:  # format 2
         meta = {"point": meta["where"]} | meta
-    texts = {"run": str, "point": str, "made": str, "tangent": bool}
+    texts: dict[str, type] = {"run": str, "point": str, "made": str, "tangent": bool}
     texts |= {name: dict for name in ("run_parts", "measure_parts", *JUDGED)}
     for name, kind in texts.items():
-        value = meta.get(name)
+        value: Any = meta.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"its {name} is {value!r}")
         if name.endswith("_parts") and value and not all(isinstance(x, str) for x in value.values()):

@@ -9,10 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # what to install for a package that has another name, or that comes with another one
 DISTRIBUTIONS = {"matplotlib": "seaborn", "sklearn": "scikit-learn", "trak": "traker"}
+
+Keywords = TypeVar("Keywords", bound=Mapping[str, object])  # a TypedDict of keyword arguments
 
 
 class _Silent:
@@ -75,14 +77,14 @@ def warn_of_old(old: str, new: str) -> None:
     warnings.warn(f"{old} is {new} now; the old name will go", DeprecationWarning, stacklevel=3)
 
 
-def options(function: str, given: Mapping[str, object], known: type) -> dict[str, object]:
-    """Keyword arguments that a function takes together: those of the TypedDict `known`.
+def options(function: str, given: Keywords, known: type[Keywords]) -> Keywords:
+    """The keyword arguments `given` to a function together, if all of them are in the TypedDict `known`.
 
-    Raises TypeError, as Python does, for a name that is not among them.
+    Raises TypeError, as Python does, for a name that is not.
     """
-    for name in given.keys() - known.__required_keys__ - known.__optional_keys__:
+    for name in given.keys() - known.__annotations__.keys():
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return dict(given)
+    return given
 
 
 class Figure(NamedTuple):
@@ -103,7 +105,8 @@ class Figure(NamedTuple):
     def __str__(self) -> str:
         return format(self)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return format(self)
 
 
 class Table:

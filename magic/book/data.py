@@ -70,7 +70,7 @@ def cifar10(train: int = 50_000, test: int = 10_000, seed: int = 0, root: str = 
     when it cannot be downloaded, and ImportError without torchvision.
     """
     datasets = _torchvision()
-    parts = []
+    parts: list[Tensor] = []
     for is_train in (True, False):
         try:
             part = datasets.CIFAR10(root, train=is_train, download=True)

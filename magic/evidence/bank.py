@@ -256,10 +256,10 @@ class Bank:
             found = [self._checked(row, sealed) for row in file.execute(query, (key,)).fetchall()]
         if not found:
             return torch.empty(0, self.run.n), torch.empty(0, self.about["targets"], dtype=torch.float64)
-        weights, outputs = zip(*found, strict=True)
+        weights, outputs = (list(column) for column in zip(*found, strict=True))
         if len({w.dtype for w in weights}) > 1:
             weights = [w.double() for w in weights]
-        return torch.stack(list(weights)), torch.stack(list(outputs))
+        return torch.stack(weights), torch.stack(outputs)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -62,7 +62,7 @@ def tracin(run: Run, test: Tensors, states: list[State], *, batch_size=64) -> At
     Source: Pruthi et al. 2020, arXiv 2002.08484, section 3.
     """
     test, states = checked(run, test, states, batch_size)
-    total = 0.0
+    total = torch.zeros((), dtype=run.dtype, device=run.device)
     for state in states:
         groups = run.hypers[max(state.step - 1, 0)]
         rates = {name: groups[run.group_of[name]]["lr"] for name in state.params}

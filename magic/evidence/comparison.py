@@ -19,6 +19,7 @@ from torch import Tensor
 from ..attribution import Attribution
 from ..show import Figure, Table, needs, options
 from ..subsets import permutations, random, single
+from ..training.run import Run
 from .bank import Bank
 from .outputs import Work, outputs
 
@@ -81,7 +82,7 @@ class Comparison(Table):
     @property
     def interval(self) -> tuple[float, float]:
         """The ends of the interval of `mean`."""
-        return self.spearman[1:]
+        return self.spearman.low, self.spearman.high
 
     @cached_property
     def spearman(self) -> Figure:
@@ -176,10 +177,10 @@ def lds(
     fraction that rounds to nothing or everything, or a target whose true output does not vary; ImportError
     without scipy. Source: Park et al. 2023, arXiv 2303.14186, section 2.
     """
-    _check_ready(scores)
+    run, _ = _ready(scores)
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
-    weights = random(scores.run.n, drop, subsets, seed)
+    weights = random(run.n, drop, subsets, seed)
     compared = compare(scores, weights, seed=seed, **options("lds", sweep, Sweep))
     compared.drop, compared.what = drop, f"trainings without {100 * drop:g} % of the data"
     return compared
@@ -195,8 +196,7 @@ def leave_one_out(
 
     Raises ValueError for fewer than 3 examples, or for scores without run and measure.
     """
-    _check_ready(scores)
-    n = scores.run.n
+    n = _ready(scores)[0].n
     if isinstance(examples, int):
         if not 3 <= examples <= n:
             raise ValueError(f"examples={examples}: between 3 and n={n}")
@@ -225,20 +225,21 @@ def compare(
     whose true or predicted output does not vary, and for scores without run and measure; ImportError without
     scipy.
     """
-    _check_ready(scores)
-    everything = torch.ones(1, scores.run.n, device="cpu")
+    run, measure = _ready(scores)
+    everything = torch.ones(1, run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
-    true = outputs(scores.run, scores.measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
+    true = outputs(run, measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 
-def _check_ready(scores: Attribution) -> None:
-    """Raise, before anything is trained, for what would only show afterwards."""
+def _ready(scores: Attribution) -> tuple[Run, Callable]:
+    """Run and measure of the scores. What would only show after the trainings is raised here."""
     needs("scipy.stats", "notebooks")
     if scores.run is None or scores.measure is None:
         raise ValueError(
             "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
         )
+    return scores.run, scores.measure
 
 
 def _refuse_constant(true: Tensor, predicted: Tensor) -> None:

@@ -6,6 +6,7 @@ Source: Grosse et al. 2023, arXiv 2308.03296, section 2.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ def ekfac(
 
 def _layers(run: Run, state: State, test: Tensors) -> list[str]:
     """The names of the trained layers that kronfluence covers, if the loss calls each of them once."""
-    model, calls = run.model(state), Counter()
+    model = run.model(state)
+    calls: Counter[nn.Module] = Counter()
     trained = {id(p) for name, p in model.named_parameters() if name in state.params}
     count = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.update([module]))
     with count, torch.no_grad():
@@ -89,9 +91,9 @@ def _layers(run: Run, state: State, test: Tensors) -> list[str]:
 
 def _task(run: Run, layers: list[str]):
     """The run's loss as kronfluence wants it; `sample` is asked of a classification only."""
-    task = needs("kronfluence.task", "baselines", "EK-FAC needs")
+    Task: Any = needs("kronfluence.task", "baselines", "EK-FAC needs").Task
 
-    class Losses(task.Task):
+    class Losses(Task):
         def compute_train_loss(self, batch, model, sample=False):
             if not sample:
                 return run.loss(model, *batch).sum()

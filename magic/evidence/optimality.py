@@ -143,7 +143,8 @@ def optimality(result: Comparison) -> Optimality:
         )
     if weights.shape[0] < 10 or result.true.shape[1] < 2:
         raise ValueError(f"true is {tuple(result.true.shape)}: at least 10 retrainings and 2 targets")
-    return Optimality(*(x.double().cpu().numpy() for x in (result.predicted, result.true)), weights)
+    predicted, true = (x.double().cpu().numpy() for x in (result.predicted, result.true))
+    return Optimality(predicted, true, weights)
 
 
 def ridge(result: Comparison, sizes: Iterable[int] = (), *, prior: bool = True, folds: int = 5):

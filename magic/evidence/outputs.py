@@ -75,8 +75,9 @@ def outputs(
         bank = Bank(":memory:", run, measure, how=how)
     bank.serves(run, measure)
     parts = run.identity()
-    known = {s: bank.get(row) for s, row in enumerate(weights)}
-    todo = [s for s, found in known.items() if found is None]
+    looked_up = {s: bank.get(row) for s, row in enumerate(weights)}
+    known = {s: found for s, found in looked_up.items() if found is not None}
+    todo = [s for s in looked_up if s not in known]
     with bar(len(todo), "retrain", progress) as shown:
         for s, found in _trained(run, measure, weights, todo, bank.how, jobs):
             known[s] = found

@@ -6,6 +6,7 @@ Source: Park et al. 2023, arXiv 2303.14186, section 3.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,9 @@ def trak(
 def _traker(run: Run, folder: str, dim: int, seed: int):
     """The library's TRAKer for this run, which writes into `folder` and keeps the size of the scores."""
     library = needs("trak", "baselines", "TRAK needs")
-    computers = needs("trak.score_computers", "baselines", "TRAK needs")
+    BasicScoreComputer: Any = needs("trak.score_computers", "baselines", "TRAK needs").BasicScoreComputer
 
-    class ScoreComputer(computers.BasicScoreComputer):
+    class ScoreComputer(BasicScoreComputer):
         """Leaves out the division by the mean size of the inverse's entries, and inverts in float64."""
 
         def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:

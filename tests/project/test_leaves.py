@@ -100,7 +100,9 @@ def needed(source: str) -> list[tuple[str, str, str]]:
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "needs":
-                package = ast.unparse(node.args[0]).strip("f\"'").partition(".")[0]
+                first = node.args[0]  # a string, or an f-string that begins with one
+                text = first.values[0] if isinstance(first, ast.JoinedStr) else first
+                package = ast.literal_eval(text).partition(".")[0]
                 found.append((function.name, package, ast.literal_eval(node.args[1])))
     return found
 
@@ -175,7 +177,7 @@ CALLS = {
     "book.plot._libraries": lambda folder: plot.style(),
     "engine.files._safetensors": lambda folder: magic.train(small_run()[0], disk=folder, progress=False),
     "evidence.bank.frame": lambda folder: magic.Bank(":memory:", *small_run()).frame(),
-    "evidence.comparison._check_ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
+    "evidence.comparison._ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
     "evidence.comparison.frame": lambda folder: compared().frame(),
     "evidence.comparison.spearman": lambda folder: compared().per_target,
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
