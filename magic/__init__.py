@@ -37,6 +37,7 @@ from .evidence.optimality import Optimality, optimality
 from .evidence.outputs import outputs
 from .evidence.retraining import retrain
 from .evidence.verification import verify
+from .show import Figure
 from .training import determinism
 from .training.determinism import NotDeterministic, fingerprint
 from .training.finite import NonFinite
@@ -50,6 +51,7 @@ __all__ = [
     "Bank",
     "Comparison",
     "Curvature",
+    "Figure",
     "Health",
     "NonFinite",
     "NotDeterministic",

@@ -20,16 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import subsets as choose
+from .show import old_names
+from .subsets import random
 from .training.run import Run
 
 NAMES = ("full", "centre", "path", "average")
 
 
 @dataclass(frozen=True, eq=False)
-class Where:
-    """Points (m, n) of the data weights, the share of each in the mean, and what to call them.
+class Points:
+    """Where a derivative is taken: at one point of the data weights, or as a mean over several.
 
+    points      (m, n) data weights
+    shares      of each point in the mean; they sum to 1
+    label       what to call them
     from_full   predictions start from w = 1 and the outputs there, not from the points' means
     """
 
@@ -49,53 +53,66 @@ def describe(weights: Tensor) -> str:
     return f"w = {weights[0].item():g}" if (weights == weights[0]).all() else "w, a vector"
 
 
-def settle(run: Run, at: Tensor | float | str | Where | None, drop: float | None = None) -> Where:
+def points_of(run: Run, at: Tensor | float | str | Points | None, drop: float | None = None) -> Points:
     """What `attribute(at=, drop=)` means.
 
     Raises ValueError for an unknown name, a name that needs `drop` without one, or the reverse.
     """
-    if isinstance(at, Where):
+    if isinstance(at, Points):
         return at
     if not isinstance(at, str):
         if drop is not None:
             raise ValueError(f'drop={drop} belongs to at="centre", "path" or "average"')
         weights = run.weights(at)
-        return Where(weights[None], (1.0,), describe(weights))
+        return Points(weights[None], (1.0,), describe(weights))
     if at not in NAMES:
         raise ValueError(f"at={at!r}: give weights, or one of {', '.join(map(repr, NAMES))}")
     if at == "full":
-        return settle(run, None, drop)
+        return points_of(run, None, drop)
     if drop is None:
         raise ValueError(f"at={at!r} depends on how much is to be removed: give drop=, such as drop=0.2")
     return {"centre": centre, "path": path, "average": average}[at](run, drop)
 
 
-def centre(run: Run, drop: float) -> Where:
-    """w = 1 − drop for every example: the mean of random sets with a share `drop` of them removed."""
+def centre(run: Run, drop: float) -> Points:
+    """w = 1 − drop for every example: the mean of random sets with a share `drop` of them removed.
+
+    Raises ValueError for a share that is not between 0 and 1.
+    """
     weights = run.weights(1 - _share(drop))
-    return Where(weights[None], (1.0,), f"{describe(weights)}, the centre of a {drop:.3g} drop")
+    return Points(weights[None], (1.0,), f"{describe(weights)}, the centre of a {drop:.3g} drop")
 
 
-def path(run: Run, drop: float, points: int = 3) -> Where:
-    """The straight way from w = 1 to 1 − drop, by `points` Gauss–Legendre nodes."""
+def path(run: Run, drop: float, points: int = 3) -> Points:
+    """The straight way from w = 1 to 1 − drop, by `points` Gauss–Legendre nodes.
+
+    Raises ValueError for a share that is not between 0 and 1, or for fewer than one node.
+    """
     if points < 1:
         raise ValueError(f"points={points}: at least one")
     nodes, shares = np.polynomial.legendre.leggauss(points)
     weights = [run.weights(1 - _share(drop) * (1 + s) / 2) for s in nodes]
     label = f"the mean along w = 1 → {1 - drop:g}, {points} points"
-    return Where(torch.stack(weights), tuple((shares / 2).tolist()), label, from_full=True)
+    return Points(torch.stack(weights), tuple((shares / 2).tolist()), label, from_full=True)
 
 
-def average(run: Run, drop: float, subsets: int = 8, seed: int = 1) -> Where:
-    """`subsets` random sets with a share `drop` removed. The default seed is not that of `magic.lds`, which
-    would judge the prediction by sets that it was made from."""
-    removed = choose.random(run.n, _share(drop), subsets, seed)
+def average(run: Run, drop: float, subsets: int = 8, seed: int = 1) -> Points:
+    """`subsets` random sets with a share `drop` removed.
+
+    The default seed is not that of `magic.lds`, which would judge the prediction by sets that it was made
+    from. Raises ValueError for a share that is not between 0 and 1 or that rounds to no example.
+    """
+    removed = random(run.n, _share(drop), subsets, seed)
     weights = [run.weights(w) for w in removed]
     label = f"the mean over {subsets} sets with {drop:.3g} removed"
-    return Where(torch.stack(weights), (1 / subsets,) * subsets, label)
+    return Points(torch.stack(weights), (1 / subsets,) * subsets, label)
 
 
 def _share(drop: float) -> float:
+    """`drop`, if it is a share of the data; else ValueError."""
     if not 0 < drop < 1:
         raise ValueError(f"drop={drop}: the share of the data that is removed is between 0 and 1")
     return float(drop)
+
+
+__getattr__ = old_names(__name__, {"Where": "Points", "settle": "points_of"})

@@ -1,6 +1,8 @@
 """Which examples to leave out: one row of data weights for each counterfactual training.
 
-All functions return (S, n) float32 weights: 1 = present, 0 = removed.
+`random`, `single`, `top` and `without` return (S, n) float32 weights on the CPU, a row for each training:
+1 = present, 0 = removed. `groups` returns such a row for each group, and `permutations` the orders from which
+random sets are taken.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ OWN = 0x6D61676963
 
 
 def permutations(n: int, count: int, seed: int = 0) -> list[Tensor]:
-    """`count` random orders of n examples, independent of the orders of `magic.batches` with any seed."""
+    """`count` random orders, (n,) indices each, independent of those of `magic.batches` with any seed."""
     generator = torch.Generator().manual_seed(OWN + seed)
     return [torch.randperm(n, generator=generator, device="cpu") for _ in range(count)]
 
@@ -40,7 +42,10 @@ def random(n: int, drop: float, subsets: int, seed: int = 0) -> Tensor:
 
 
 def single(n: int, examples: Iterable[int]) -> Tensor:
-    """(S, n): each row leaves out one of these examples."""
+    """(S, n): each row leaves out one of these S examples.
+
+    Raises IndexError for an example that there is not, ValueError for one given twice.
+    """
     return without(n, [[i] for i in check_indices(examples, n).tolist()])
 
 
@@ -48,6 +53,8 @@ def top(values: Tensor, counts: Iterable[int], helpful: bool = True) -> Tensor:
     """(S, n): row s leaves out the counts[s] examples with the lowest scores, or with the highest.
 
     values   (n,), one target's row of scores. Those with the lowest help an output that is a loss.
+
+    Raises ValueError for a count that leaves out nothing or everything.
     """
     order = values.argsort(stable=True, descending=not helpful).cpu()
     counts = list(counts)
@@ -58,7 +65,10 @@ def top(values: Tensor, counts: Iterable[int], helpful: bool = True) -> Tensor:
 
 
 def groups(labels: Tensor) -> dict[int, Tensor]:
-    """Label -> (n,) weights that leave out all examples with this label, such as a class or a source."""
+    """Label -> (n,) weights that leave out all examples with this label, such as a class or a source.
+
+    labels   (n,) integers. Raises ValueError where all are the same.
+    """
     labels = torch.as_tensor(labels).cpu()
     found = labels.unique().tolist()
     if len(found) < 2:
@@ -67,7 +77,10 @@ def groups(labels: Tensor) -> dict[int, Tensor]:
 
 
 def without(n: int, removed: Iterable) -> Tensor:
-    """(S, n): row s leaves out the examples in removed[s]."""
+    """(S, n): row s leaves out the examples in removed[s], indices of training examples.
+
+    Raises IndexError for an example that there is not, ValueError for one given twice.
+    """
     removed = list(removed)
     weights = torch.ones(len(removed), n, device="cpu")
     for row, examples in zip(weights, removed, strict=True):

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 import magic
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -248,7 +248,7 @@ with magic.determinism.fix():
         optimizer.step()
 
 for name, tensor in run.model(first).state_dict().items():
-    compare(name, tensor, plain.state_dict()[name])
+    agree(name, tensor, plain.state_dict()[name])
 
 # %% [markdown]
 # *Same bits*, down to BatchNorm's running variance. Going back to any state and on from there gives them, too:
@@ -314,7 +314,7 @@ ax.set(xscale="log", title="What the seed does, and what the data does");
 ratio = (by_seed.std(0).median() / effect.abs().median()).item()
 claim("the start alone moves a test loss at least three times as much as 1 % of the data", ratio > 3)
 again = test_losses(same, magic.retrain(same, without=without, progress=False)) - by_seed[0]
-compare("effect of removing 1 %, twice", again, effect)
+agree("effect of removing 1 %, twice", again, effect)
 
 # %% [markdown]
 # Across seeds the effect is lost in the noise, unless one averages over very many trainings. Within one run

@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_leaves
 
 import magic
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
@@ -174,7 +174,7 @@ claim("none is exactly zero: each image had a say", (scores != 0).all().item())
 # %%
 some = [87, 0, 1, 2, 3, 4]
 differences = torch.tensor([finite_difference(i) for i in some], dtype=x.dtype, device=device)
-compare("unroll, finite differences", scores[some], differences)
+agree("unroll, finite differences", scores[some], differences)
 
 # %% [markdown]
 # Second, `magic`, which is given the same model, optimizer, data and order, and never builds this graph. Its

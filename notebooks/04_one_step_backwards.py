@@ -44,7 +44,7 @@ from torch.func import functional_call
 
 import magic
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 from magic.engine.adjoint import measure_vjp, step_vjp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,9 +206,9 @@ def hessian_at(theta):
 hessian = hessian_at(theta)
 J, W = torch.func.jacfwd(sgd_step, argnums=(0, 1))(theta.detach(), weight.detach())
 identity = torch.eye(len(theta), dtype=x.dtype, device=device)
-compare("H Δ', explicit Hessian", product, hessian @ after, tolerance=1e-9)
-compare("I − ηH, Jacobian of the step", identity - rate * hessian, J, tolerance=1e-9)
-compare("Δ, Jacobian transposed times Δ'", before, J.T @ after, tolerance=1e-9)
+agree("H Δ', explicit Hessian", product, hessian @ after, tolerance=1e-9)
+agree("I − ηH, Jacobian of the step", identity - rate * hessian, J, tolerance=1e-9)
+agree("Δ, Jacobian transposed times Δ'", before, J.T @ after, tolerance=1e-9)
 
 # %% [markdown]
 # What does $I - \eta H$ do to a cotangent? In a direction in which the loss has curvature $\lambda$ it multiplies by
@@ -262,9 +262,9 @@ _, along = torch.func.jvp(lambda theta: losses(theta, x[batch], y[batch]), (thet
 by_direction = -rate * along / len(batch)
 (in_weight,) = torch.autograd.grad(g, weight, after, retain_graph=True)
 by_double_backward = -rate * in_weight
-compare("one directional derivative each", by_direction, by_gradients, tolerance=1e-9)
-compare("double backward", by_double_backward, by_gradients, tolerance=1e-9)
-compare("Jacobian in the weights", by_double_backward, W.T @ after, tolerance=1e-9)
+agree("one directional derivative each", by_direction, by_gradients, tolerance=1e-9)
+agree("double backward", by_double_backward, by_gradients, tolerance=1e-9)
+agree("Jacobian in the weights", by_double_backward, W.T @ after, tolerance=1e-9)
 
 # %% [markdown]
 # The third way is the one to keep. The double backward that gives $H\Delta'$ goes through $g$, and $w$ is an input of
@@ -430,9 +430,9 @@ here = flat(at.params), slot(at, "exp_avg"), slot(at, "exp_avg_sq"), 20
 rows = [pull_adamw(here, weight, batch, [part[k] for part in parts(coming)], **constants) for k in range(4)]
 mine = [torch.stack(column) for column in zip(*(cotangent for cotangent, _ in rows), strict=True)]
 for name, by_hand, magics in zip(["Δ of the parameters", "Δ of m", "Δ of v"], mine, parts(going), strict=True):
-    compare(f"AdamW: {name}", by_hand, magics, tolerance=1e-9)
+    agree(f"AdamW: {name}", by_hand, magics, tolerance=1e-9)
 one_by_one_scores = torch.stack([row for _, row in rows])
-compare("AdamW: scores", one_by_one_scores, scores, tolerance=1e-9)
+agree("AdamW: scores", one_by_one_scores, scores, tolerance=1e-9)
 
 # %% [markdown]
 # ### $K$ cotangents at once

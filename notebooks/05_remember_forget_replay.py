@@ -51,7 +51,7 @@ from torch.func import functional_call
 import magic
 from magic import schedule
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 from magic.engine.adjoint import measure_vjp, step_vjp
 from magic.engine.schedule import Adjoint, Advance, Drop, Load, Save, cost
 from magic.engine.timeline import draw
@@ -187,7 +187,7 @@ def replay(actions):
 # %%
 reference = replay(keep_everything(200))
 scores = magic.attribute(run, measure, progress=False)
-compare("replay, magic.attribute", reference, scores.values, tolerance=1e-4)
+agree("replay, magic.attribute", reference, scores.values, tolerance=1e-4)
 
 # %% [markdown]
 # (`float32`, and `magic` may take the targets in other groups than our loop, which rounds sums differently.)

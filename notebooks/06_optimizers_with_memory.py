@@ -43,7 +43,7 @@ from torch import nn
 
 import magic
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 from magic.engine.adjoint import measure_vjp, step_vjp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -367,7 +367,7 @@ leaves = [value.clone().requires_grad_() for value in inputs.values()]
 new, _, _ = adam_update(p, *leaves, t=7)
 mine = diagonals(**inputs, t=7)
 for name, reference in zip(inputs, torch.autograd.grad(new.sum(), leaves), strict=True):
-    compare(f"∂p'/∂{name}", mine[name], reference, 1e-12)
+    agree(f"∂p'/∂{name}", mine[name], reference, 1e-12)
 
 # %% [markdown]
 # In the run itself: the cotangent that `step_vjp` returns for $m$ and $v$ must be
@@ -391,8 +391,8 @@ key = "1.1.weight"
 m, v = state.slots[key]["exp_avg"], state.slots[key]["exp_avg_sq"]
 d = diagonals(gradients(run, state)[key], m, v, t=41)
 to_p, slots = cotangent.params[key], cotangent.slots[key]
-compare("∂φ/∂m", before.slots[key]["exp_avg"], B1 * (slots["exp_avg"] + d["m'"] * to_p), 1e-10)
-compare("∂φ/∂v", before.slots[key]["exp_avg_sq"], B2 * (slots["exp_avg_sq"] + d["v'"] * to_p), 1e-10)
+agree("∂φ/∂m", before.slots[key]["exp_avg"], B1 * (slots["exp_avg"] + d["m'"] * to_p), 1e-10)
+agree("∂φ/∂v", before.slots[key]["exp_avg_sq"], B2 * (slots["exp_avg_sq"] + d["v'"] * to_p), 1e-10)
 
 # %% [markdown]
 # So going back through Adam costs a few multiplications per parameter. What is expensive in a step's adjoint is
@@ -495,7 +495,7 @@ print({what: f"{value:.0%}" for (name, what), value in errors.items() if name ==
 m2, v2 = after.slots[key]["exp_avg"], after.slots[key]["exp_avg_sq"]
 by_m, by_v = m2 * d["m'"], 2 * v2 * d["v'"]
 r = v2.sqrt() / (1 - B2**41) ** 0.5 + EPS
-compare("what does not cancel", by_m + by_v, EPS / r * by_m, 1e-10)
+agree("what does not cancel", by_m + by_v, EPS / r * by_m, 1e-10)
 claim("is less than a tenth", (by_m + by_v).norm() < 0.1 * by_m.norm())
 
 # %% [markdown]
@@ -545,7 +545,7 @@ def root_with_slope_zero(v):
 naive, safe = unrolled(torch.sqrt), unrolled(root_with_slope_zero)
 claim("with the plain root every single score is NaN", naive.isnan().all())
 scores = magic.attribute(run, lambda model: loss(model, bags_test, y_test[:8]), progress=False)
-compare("with slope 0 at 0, and magic", safe, scores.values, 1e-9)
+agree("with slope 0 at 0, and magic", safe, scores.values, 1e-9)
 
 # %% [markdown]
 # The slope of $\sqrt v$ at 0 is infinite, the chain rule multiplies it with the numerator $m' = 0$, and in
@@ -566,7 +566,7 @@ compare("with slope 0 at 0, and magic", safe, scores.values, 1e-9)
 zero, h = torch.zeros(1, dtype=torch.float64), 1e-16
 up, down = (adam_update(zero, g, zero, zero, 1)[0] for g in (zero + h, zero - h))
 slope = (up - down) / (2 * h)
-compare("∂p'/∂g at 0, finite difference", diagonals(zero, zero, zero, 1)["g"], slope, 1e-6)
+agree("∂p'/∂g at 0, finite difference", diagonals(zero, zero, zero, 1)["g"], slope, 1e-6)
 
 # %% [markdown]
 # This is exact, and here is what it does not see. A word that occurs in **one** training image gets its gradients

@@ -41,7 +41,7 @@ from torch import nn
 import magic
 from magic import smoothness
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
+from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
@@ -166,7 +166,7 @@ def smooth(run, v, h=0.5):
 
 mine = torch.stack([smooth(run, way) for run in (base, kinked)]).cpu()
 theirs = torch.tensor([smoothness.metasmoothness(run, way) for run in (base, kinked)], dtype=torch.float64)
-compare("metasmoothness", mine, theirs)
+agree("metasmoothness", mine, theirs)
 claim("ours is above .99", mine[0] > 0.99)
 claim("with kinks it is below .5", mine[1] < 0.5)
 

@@ -48,8 +48,8 @@ from torch import nn
 import magic
 from magic import subsets
 from magic.book import data, models, plot
-from magic.book.checks import claim, compare
-from magic.evidence import optimality
+from magic.book.checks import agree, claim
+from magic.evidence.optimality import ridge
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def by_hand(result):
 
 one_percent = {name: judged(scores, name, 0.01, 200) for name, scores in full.items()}
 gaps = {name: magic.optimality(result) for name, result in one_percent.items()}
-compare("correlation of the best", by_hand(one_percent["ours"]), gaps["ours"].per_target[1], tolerance=1e-9)
+agree("correlation of the best", by_hand(one_percent["ours"]), gaps["ours"].per_target[1], tolerance=1e-9)
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame({name: dict(gap.rows()) for name, gap in gaps.items()}).T
@@ -163,8 +163,8 @@ claim("LDS at least .98 for both", all(one_percent[name].mean >= 0.98 for name i
 # nothing to correct. In the rough training MAGIC lacks several hundredths: "near-optimal" is a property of the recipe.
 
 # %%
-alone = optimality.ridge(one_percent["ours"], [50, 100], prior=False)
-started = optimality.ridge(one_percent["ours"], [50, 100])
+alone = ridge(one_percent["ours"], [50, 100], prior=False)
+started = ridge(one_percent["ours"], [50, 100])
 claim("from nothing, 200 retrainings fit an LDS below .5, still rising", alone["LDS"].iloc[-1] < 0.5 and alone["LDS"].is_monotonic_increasing)
 claim("from MAGIC's prediction, they move its LDS by less than .01", abs(started["LDS"].iloc[-1] - one_percent["ours"].mean) < 0.01)
 
@@ -193,7 +193,7 @@ def scores_at(run, at, drop):
     if at == "full":
         return full["ours"]
     where = {"average": magic.points.average(run, drop, subsets=4)}.get(at, at)
-    return magic.attribute(run, measure, where, False, drop=None if at == "average" else drop)
+    return magic.attribute(run, measure, where, progress=False, drop=None if at == "average" else drop)
 
 
 taken = {(drop, at): scores_at(recipes["ours"], at, drop) for drop in drops for at in points}
@@ -240,7 +240,7 @@ pd.DataFrame({f"{at}, 20 %": dict(gap.rows()) for at, gap in large.items()}).T
 rows = []
 for name, run in recipes.items():
     for drop in drops:
-        centred = taken[drop, "centre"] if name == "ours" else magic.attribute(run, measure, "centre", False, drop=drop)
+        centred = taken[drop, "centre"] if name == "ours" else magic.attribute(run, measure, "centre", progress=False, drop=drop)
         for at, scores in (("full", full[name]), ("centre", centred)):
             r = judged(scores, name, drop, 60)
             gap = magic.optimality(r).gap
@@ -291,7 +291,7 @@ banks["averaged"] = bank_of(averaged, measure, "averaged")
 weighted = {}
 for at in ("full", "centre", "average"):
     where = magic.points.average(averaged, 0.5, subsets=8) if at == "average" else at
-    scores = magic.attribute(averaged, measure, where, False, drop=0.5 if at == "centre" else None)
+    scores = magic.attribute(averaged, measure, where, progress=False, drop=0.5 if at == "centre" else None)
     weighted[at] = judged(scores, "averaged", 0.5, 60)
 claim("full and centre rank the same, to .01", abs(weighted["full"].mean - weighted["centre"].mean) < 0.01)
 
@@ -462,7 +462,7 @@ deep_bank = bank_of(deep, deep_measure, f"conv {kind}")
 deep_full = magic.attribute(deep, deep_measure, progress=False)
 deep_results = {}
 for drop in (0.2, 0.5):
-    centred = magic.attribute(deep, deep_measure, "centre", False, drop=drop)
+    centred = magic.attribute(deep, deep_measure, "centre", progress=False, drop=drop)
     for at, scores in (("full", deep_full), ("centre", centred)):
         deep_results[drop, at] = magic.lds(scores, drop=drop, subsets=30, bank=deep_bank, progress=False)
 claim("20 %: the centre's LDS is at least .97, R² at least .88", deep_results[0.2, "centre"].mean >= 0.97 and deep_results[0.2, "centre"].r2[0] >= 0.88)

@@ -1,6 +1,7 @@
 """Attribution: what the object a user holds can do, and that its predictions come true."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import warnings
@@ -84,9 +85,9 @@ def test_top(scored):
     assert torch.equal(
         scores.values[1, table["index"].tolist()], torch.tensor(table["score"].tolist(), dtype=torch.float64)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "pandas", None)
-        assert scores.top(1, k=4) == table.to_dict("records")
+    assert list(table.columns) == ["role", "index", "score", "removal_effect"]
+    harmless = scores.like(-scores.values.abs())
+    assert set(harmless.top(1, k=4).role) == {"helpful"}, "fewer than k of a kind"
 
 
 def test_repr(scored):
@@ -123,6 +124,29 @@ def test_save_and_load(scored, tmp_path):
         magic.Attribution.load(tmp_path / "bad.npz")
     with pytest.raises(FileNotFoundError):
         magic.Attribution.load(tmp_path / "none.npz")
+
+
+def test_a_file_of_format_2_still_loads(scored, tmp_path):
+    """There `point` was called `where`; the rest is the same."""
+    run, scores = scored
+    scores.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in ("values", "outputs", "at")}
+        meta = json.loads(file["meta"].tobytes())
+    assert meta["format"] == 3 and meta["point"] == "w = 1"
+    old = meta | {"format": 2, "where": meta.pop("point")}
+    np.savez(tmp_path / "old.npz", meta=np.frombuffer(json.dumps(old).encode(), dtype=np.uint8), **arrays)
+    back = magic.Attribution.load(tmp_path / "old.npz", run, scores.measure)
+    assert (back.point, back.tangent, back.made) == (scores.point, True, scores.made)
+    assert torch.equal(back.values, scores.values)
+
+
+def test_keywords_that_there_are_not(scored):
+    run, scores = scored
+    with pytest.raises(TypeError, match=r"attribute\(\) got an unexpected keyword argument 'disc'"):
+        magic.attribute(run, scores.measure, disc="folder", progress=False)
+    with pytest.raises(TypeError, match="positional"):
+        magic.attribute(run, scores.measure, None, False)
 
 
 def test_shapes_are_checked():

@@ -15,7 +15,7 @@ def sgd():
 
 
 def attribute(sgd, at, **options):
-    return magic.attribute(*sgd, at, False, **options)
+    return magic.attribute(*sgd, at, progress=False, **options)
 
 
 def true(sgd, weights):
@@ -77,11 +77,25 @@ def test_lds_takes_the_value_with_the_slope(sgd):
     assert torch.equal(full.true, result.true) and result.r2[0] > full.r2[0]
 
 
-def test_where_is_saved(sgd, tmp_path):
+def test_the_point_is_saved(sgd, tmp_path):
     scores = attribute(sgd, "path", drop=0.2)
+    assert scores.point == "the mean along w = 1 → 0.8, 3 points"
     scores.save(tmp_path / "scores.npz")
-    assert magic.Attribution.load(tmp_path / "scores.npz").where == scores.where
-    assert scores.like(scores.values).where == scores.where
+    assert magic.Attribution.load(tmp_path / "scores.npz").point == scores.point
+    assert scores.like(scores.values).point == scores.point
+
+
+def test_old_names_warn(sgd):
+    scores = attribute(sgd, None)
+    with pytest.warns(DeprecationWarning, match=r"Attribution\.where is Attribution\.point now"):
+        assert scores.where == scores.point == "w = 1"
+    with pytest.warns(DeprecationWarning, match=r"magic\.points\.Where is Points now"):
+        from magic.points import Where
+    with pytest.warns(DeprecationWarning, match="settle is points_of now"):
+        assert torch.equal(points.settle(sgd[0], 0.5).points, points.points_of(sgd[0], 0.5).points)
+    assert Where is points.Points
+    with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
+        points.nowhere  # noqa: B018
 
 
 def test_a_mean_goes_on_in_its_folder(sgd, tmp_path, monkeypatch):
@@ -89,10 +103,10 @@ def test_a_mean_goes_on_in_its_folder(sgd, tmp_path, monkeypatch):
     assert whole.values.abs().max() > 0
     found = magic.attribution.metagradient
 
-    def killed(*arguments):
-        if "point 1" in str(arguments[5]):
+    def killed(*arguments, **options):
+        if "point 1" in f"{arguments} {options}":
             raise KeyboardInterrupt
-        return found(*arguments)
+        return found(*arguments, **options)
 
     monkeypatch.setattr(magic.attribution, "metagradient", killed)
     with pytest.raises(KeyboardInterrupt):

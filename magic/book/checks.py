@@ -1,13 +1,20 @@
-"""What a chapter ends its derivations with: compare with a reference, and claim only what holds."""
+"""What a chapter ends its derivations with: agree with a reference, and claim only what holds."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..show import old_names
 
-def compare(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6) -> None:
-    """Print whether two tensors agree: to the bit, or within a relative tolerance; raise if neither."""
+
+def agree(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6) -> None:
+    """Print whether two tensors of one shape agree: to the bit, or within a tolerance.
+
+    tolerance   of the largest difference, relative to the largest number of the reference
+
+    Raises AssertionError, with the difference, if they do neither, or for two shapes.
+    """
     mine, reference = torch.as_tensor(mine).detach(), torch.as_tensor(reference).detach()
     if mine.shape != reference.shape:
         raise AssertionError(f"{name}: shape {tuple(mine.shape)}, the reference has {tuple(reference.shape)}")
@@ -27,7 +34,13 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def claim(text: str, holds: bool) -> None:
-    """Print a claim after asserting it, so that a stored output is a claim that held."""
+    """Print a claim after asserting it, so that a stored output is a claim that held.
+
+    Raises AssertionError for one that does not.
+    """
     if not holds:
         raise AssertionError(f"does not hold: {text}")
     print(f"✓ {text}")
+
+
+__getattr__ = old_names(__name__, {"compare": "agree"})

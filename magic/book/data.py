@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..show import needs
+
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -30,13 +32,10 @@ CIFAR10_CLASSES = (
 def digits(train: int = 1200, test: int = 500, seed: int = 0) -> Split:
     """scikit-learn's handwritten digits: 1,797 images of 8×8, ten classes. Offline, nothing to download.
 
+    Raises ValueError for more images than there are, and ImportError without scikit-learn.
     Source: UCI ML, "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("digits needs scikit-learn: pip install 'magic-attribution[notebooks]'") from error
-    raw = load_digits()
+    raw = needs("sklearn.datasets", "notebooks", "digits needs").load_digits()
     x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1)
     y = torch.tensor(raw.target, dtype=torch.int64)
     if train + test > len(x):
@@ -51,6 +50,8 @@ def fashion_mnist(train: int = 60_000, test: int = 10_000, size: int = 28, seed:
 
     Taken from $FASHION_MNIST if set, Debian's dataset-fashion-mnist or torchvision's folder in
     ./data, whichever is there; else downloaded by torchvision. `size` averages 28×28 down to it.
+    Raises RuntimeError, which says how to get the files, when they cannot be downloaded, FileNotFoundError
+    for a $FASHION_MNIST without them, and ValueError for more images than there are.
     """
     folder = _fashion_folder()
     x_train, y_train = _idx_images(folder, "train"), _idx_labels(folder, "train")
@@ -63,9 +64,13 @@ def fashion_mnist(train: int = 60_000, test: int = 10_000, size: int = 28, seed:
 
 
 def cifar10(train: int = 50_000, test: int = 10_000, seed: int = 0, root: str = "data") -> Split:
-    """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into `root` when it is not there."""
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into `root` when it is not there.
+
+    50,000 + 10,000 images of 3×32×32, ten classes. Raises RuntimeError, which says where to put the file,
+    when it cannot be downloaded, and ImportError without torchvision.
+    """
     datasets = _torchvision()
-    parts = []
+    parts: list[Tensor] = []
     for is_train in (True, False):
         try:
             part = datasets.CIFAR10(root, train=is_train, download=True)
@@ -97,11 +102,13 @@ def python_text(train: int = 2000, test: int = 200, length: int = 32, seed: int 
 
 
 def _scaled(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> Split:
+    """The images, each channel with mean 0 and standard deviation 1 over those of the training part."""
     mean, deviation = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     return (x_train - mean) / deviation, y_train, (x_test - mean) / deviation, y_test
 
 
 def _some(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` of the images, drawn at random; all of them in their own order."""
     if not 0 < count <= len(x):
         raise ValueError(f"{count} images asked for; there are {len(x):,}")
     if count == len(x):
@@ -130,16 +137,12 @@ def _fashion_folder() -> Path:
 
 
 def _torchvision():
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(
-            "this data set needs torchvision: pip install 'magic-attribution[notebooks]'"
-        ) from error
-    return datasets
+    """torchvision's data sets."""
+    return needs("torchvision.datasets", "notebooks", "this data set needs")
 
 
 def _no_data(name: str, files: str, folder: str, error: Exception) -> str:
+    """What to say where a data set could not be had: the ways to get it."""
     text = f"{name} is not on this machine and could not be downloaded ({type(error).__name__}: {error}). "
     if name == "Fashion-MNIST":
         text += (
@@ -150,15 +153,18 @@ def _no_data(name: str, files: str, folder: str, error: Exception) -> str:
 
 
 def _idx(folder: Path, name: str) -> bytes:
+    """A file of the format in which MNIST came: a header, then one byte for each number."""
     path = folder / f"{name}.gz"
     return gzip.decompress(path.read_bytes()) if path.exists() else (folder / name).read_bytes()
 
 
 def _idx_images(folder: Path, part: str) -> Tensor:
+    """(n, 1, 28, 28), 0 … 255; the header has 16 bytes."""
     raw = np.frombuffer(_idx(folder, f"{part}-images-idx3-ubyte"), dtype=np.uint8, offset=16)
     return torch.from_numpy(raw.copy()).float().reshape(-1, 1, 28, 28)
 
 
 def _idx_labels(folder: Path, part: str) -> Tensor:
+    """(n,), 0 … 9; the header has 8 bytes."""
     raw = np.frombuffer(_idx(folder, f"{part}-labels-idx1-ubyte"), dtype=np.uint8, offset=8)
     return torch.from_numpy(raw.copy()).long()

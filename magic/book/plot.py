@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..show import needs
+
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#949494"  # blue, orange, grey
 
 
 def _libraries():
-    try:
-        import matplotlib.pyplot as plt
-        import seaborn as sns
-    except ImportError as error:
-        raise ImportError("figures need seaborn: pip install 'magic-attribution[notebooks]'") from error
-    return plt, sns
+    """Pyplot and seaborn, which brings it."""
+    sns = needs("seaborn", "notebooks", "figures need")
+    return needs("matplotlib.pyplot", "notebooks", "figures need"), sns
 
 
 def style() -> None:
@@ -63,12 +62,9 @@ def predicted_against_true(result, ax=None, targets: int | None = 1):
         x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2
     )
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
-    low, high = result.interval
     ax.locator_params(nbins=5)
     title = f"{len(true)} {result.what}"
-    ax.set_title(
-        f"{title}\nLDS {result.mean:.3f} [{low:.3f}, {high:.3f}] over {result.true.shape[1]} outputs"
-    )
+    ax.set_title(f"{title}\nLDS {result.spearman} over {result.true.shape[1]} outputs")
     return ax
 
 

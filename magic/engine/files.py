@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..identity import fingerprints
+from ..show import needs
 from ..training.record import ReplayMismatch
 
 PARTS = ".magic-*.part"  # files that are being written, or were when a process was killed
@@ -147,14 +148,9 @@ def read(
 
 
 def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "a folder for states needs safetensors: pip install 'magic-attribution[disk]'"
-        ) from error
-    return safetensors
+    """The library, with its part for PyTorch."""
+    needs("safetensors.torch", "disk", "a folder for states needs")
+    return needs("safetensors", "disk", "a folder for states needs")
 
 
 def writable(disk: str | os.PathLike) -> Path:

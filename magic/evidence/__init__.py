@@ -1,6 +1,7 @@
 """Evidence: is the prediction true? Train again, and see.
 
 retraining     the run without some examples
+rows           what one row of a bank is, and the SQLite file that holds it
 bank           outputs of retrained models, kept in a file
 outputs        many retrainings, on all cores, none of them twice
 comparison     predicted against true: the linear datamodeling score, leave-one-out, intervals
@@ -8,5 +9,7 @@ verification   the whole derivative against a few trainings
 optimality     how far the prediction is from the best linear one
 curvature      how far the tangent reaches
 smoothness     how smooth a run is in its weights
-baselines      TRAK, EK-FAC and similarity, for comparison
+estimates      what the baselines share
+trak, ekfac    two baselines by the libraries of their authors
+baselines      these and gradient similarity and TracIn, for comparison
 """

@@ -7,8 +7,8 @@ goes on where it was, and several processes may work on one file.
 Rows belong to a run, a measure and a way of removing: the identity of run and measure, their code
 among it, the bits of the first step and of what is measured at the start make the key. Rows of others
 may lie in the same file and are never served. On another machine the bits are others; there `adopt`
-takes rows over after training some of them again. Each row carries a digest of its bits and is compared
-with it, and must be finite, whenever it is read.
+takes rows over after some of them have been trained again. Each row carries a digest of its bits and is
+compared with it, and must be finite, whenever it is read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import json
 import os
 import sqlite3
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,21 +30,27 @@ from ..show import needs
 from ..training import determinism
 from ..training.run import Run
 from .retraining import retrained
+from .rows import (
+    COLUMNS,
+    TABLES,
+    Row,
+    damage,
+    digest_of,
+    frame,
+    frame_of,
+    name_of,
+    opened,
+    outputs_of,
+    pack,
+    pack_outputs,
+    weights_of,
+)  # fmt: skip
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS banks (key TEXT PRIMARY KEY, about TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS outputs (
-    key TEXT NOT NULL, id TEXT NOT NULL, weights BLOB NOT NULL, outputs BLOB NOT NULL,
-    made TEXT NOT NULL, PRIMARY KEY (key, id)
-);
-CREATE TABLE IF NOT EXISTS parts (key TEXT PRIMARY KEY, since TEXT NOT NULL, parts TEXT NOT NULL);
-"""
-COLUMNS = "rowid, key, id, weights, outputs, made"
-PATIENCE = 60.0  # seconds to wait for another process that writes
+__all__ = ["Bank", "frame"]
 
 
 class Bank:
-    """Outputs of one run's retrained models, in the file `path`.
+    """Outputs of one run's retrained models, in the file `path`; ":memory:" is a bank without a file.
 
     how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain)
     name  what `adopt` tells runs apart by that differ in their seeds only
@@ -136,11 +140,14 @@ class Bank:
         """
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? AND id = ?"
-            row = file.execute(query, (self.key, _id(self._exact(weights)))).fetchone()
+            row = file.execute(query, (self.key, name_of(self._exact(weights)))).fetchone()
         return None if row is None else self._checked(row)[1]
 
     def put(self, weights: Tensor, outputs: Tensor) -> None:
-        """Keep the (K,) outputs of the model trained with these (n,) weights."""
+        """Keep the (K,) outputs of the model trained with these (n,) weights; those that are there stay.
+
+        Raises ValueError for another shape or for numbers that are not finite, OSError for a full disk.
+        """
         if outputs.shape != (self.about["targets"],) or weights.shape != (self.run.n,):
             raise ValueError(
                 f"outputs have shape {tuple(outputs.shape)} and weights {tuple(weights.shape)}; this bank's "
@@ -148,16 +155,15 @@ class Bank:
             )
         if not outputs.isfinite().all():
             raise ValueError(f"outputs are not finite: {outputs[~outputs.isfinite()][0].item()}")
-        numbers = outputs.detach().cpu().numpy().astype("<f8").tobytes()
         exact = self._exact(weights)
-        row = (self.key, _id(exact), _pack(exact), numbers)
-        made = determinism.numerics() | {"digest": _digest(*row)}
+        row = (self.key, name_of(exact), pack(exact), pack_outputs(outputs))
+        made = determinism.numerics() | {"digest": digest_of(*row)}
         with self._open() as file:
             file.execute("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, json.dumps(made)))
 
     def forget(self, weights: Tensor) -> None:
         """Remove the row of these (n,) weights, if there is one."""
-        row = (self.key, _id(self._exact(weights)))
+        row = (self.key, name_of(self._exact(weights)))
         with self._open() as file:
             file.execute("DELETE FROM outputs WHERE key = ? AND id = ?", row)
 
@@ -166,7 +172,7 @@ class Bank:
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ?"
             found = file.execute(query, (self.key,)).fetchall()
-            bad = [(row[0],) for row in found if _damage(row, self.run.n, self.about["targets"])]
+            bad = [(row[0],) for row in found if damage(row, self.run.n, self.about["targets"])]
             file.executemany("DELETE FROM outputs WHERE rowid = ?", bad)
         return len(bad)
 
@@ -177,14 +183,14 @@ class Bank:
             return weights.float() if torch.equal(weights.float().double(), weights) else weights
         return weights.float()
 
-    def _checked(self, row: tuple, sealed: bool = True) -> tuple[Tensor, Tensor]:
+    def _checked(self, row: Row, sealed: bool = True) -> tuple[Tensor, Tensor]:
         """(n,) weights and (K,) outputs of a row of the file; ValueError if it is damaged."""
-        if why := _damage(row, self.run.n, self.about["targets"], sealed):
+        if why := damage(row, self.run.n, self.about["targets"], sealed):
             raise ValueError(
                 f"{self.path}: row {row[0]} is damaged: {why}. bank.repair() removes this bank's damaged "
                 "rows, to be trained again; or give another file"
             )
-        return _unpack(row[3], self.run.n), _numbers(row[4], "<f8")
+        return weights_of(row, self.run.n), outputs_of(row)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """(S, n) weights and (S, K) outputs of all trainings that are known, in the order they came."""
@@ -194,14 +200,21 @@ class Bank:
         """A DataFrame with a row for each training and target: how many were removed, and the output."""
         pd = needs("pandas", "notebooks")
         with self._open() as file:
-            return _frame(pd, self.path, file, "WHERE key = ?", self.key)
+            return frame_of(pd, self.path, file, "WHERE key = ?", self.key)
 
-    def adopt(self, check: int = 2, tolerance: float = 1e-2) -> int:
+    def adopt(
+        self, check: int = 2, tolerance: float = 1e-2, *, train: Callable[..., Tensor] = retrained
+    ) -> int:
         """Take over rows that another machine computed for this run, by name and sizes; returns how many.
 
-        `check` of them, drawn at random, are trained here. All their outputs must agree to `tolerance`, in
-        units of how each output is spread over the bank (by its median absolute deviation, so that one
-        wild row does not count); else ValueError.
+        check      so many rows, drawn at random, are trained here and compared
+        tolerance  how far each of their outputs may be from the row's, in units of how that output is spread
+                   over the bank (by its median absolute deviation, so that one wild row does not count)
+        train      what trains: (run, measure, weights (n,), how) -> (K,) outputs
+
+        A bank trains nothing by itself: `train` says how, and by default is what `magic.outputs` calls. Banks
+        of fewer than three rows are passed over, since three are needed to tell a spread. Raises ValueError
+        for rows that differ by more, which are of another run, and for a damaged row.
         """
         with self._open() as file:
             found = file.execute(
@@ -214,33 +227,39 @@ class Bank:
             weights, outputs = self._rows(key, sealed=False)
             if len(weights) < 3:
                 continue
-            self._compare(key, weights, outputs, check, tolerance)
+            unit = _spread(outputs, self.run.dtype)
+            for s in self._drawn(key, len(weights))[:check]:
+                here = train(self.run, self.measure, weights[s], self.how).double().cpu()
+                self._check_agrees(s, ((here - outputs[s]).abs() / unit).max().item(), tolerance)
             for w, out in zip(weights, outputs, strict=True):
                 self.put(w, out)
             taken += len(weights)
         return taken
 
-    def _compare(self, key: str, weights: Tensor, outputs: Tensor, check: int, tolerance: float) -> None:
-        drawn = torch.Generator().manual_seed(int(fingerprints.digest(key)[:15], 16))
-        for s in torch.randperm(len(weights), generator=drawn)[:check].tolist():
-            here = retrained(self.run, self.measure, weights[s], self.how).double().cpu()
-            far = ((here - outputs[s]).abs() / _spread(outputs, self.run.dtype)).max().item()
-            if not far <= tolerance:
-                raise ValueError(
-                    f"{self.path}: training number {s} of the bank, trained again here, differs by {far:.2g} "
-                    f"of what the outputs are spread, more than {tolerance:g}. It is of another run"
-                )
+    @staticmethod
+    def _drawn(key: str, count: int) -> list[int]:
+        """The numbers of a bank's rows in an order that is random, and the same for the same bank."""
+        dice = torch.Generator().manual_seed(int(fingerprints.digest(key)[:15], 16))
+        return torch.randperm(count, generator=dice).tolist()
+
+    def _check_agrees(self, number: int, far: float, tolerance: float) -> None:
+        """Raise ValueError for a row that is too `far` from the same training here; NaN is too far."""
+        if not far <= tolerance:
+            raise ValueError(
+                f"{self.path}: training number {number} of the bank, trained again here, differs by "
+                f"{far:.2g} of what the outputs are spread, more than {tolerance:g}. It is of another run"
+            )
 
     def _rows(self, key: str, sealed: bool = True) -> tuple[Tensor, Tensor]:
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? ORDER BY rowid"
-            rows = [self._checked(row, sealed) for row in file.execute(query, (key,)).fetchall()]
-        if not rows:
+            found = [self._checked(row, sealed) for row in file.execute(query, (key,)).fetchall()]
+        if not found:
             return torch.empty(0, self.run.n), torch.empty(0, self.about["targets"], dtype=torch.float64)
-        weights, outputs = zip(*rows, strict=True)
+        weights, outputs = (list(column) for column in zip(*found, strict=True))
         if len({w.dtype for w in weights}) > 1:
             weights = [w.double() for w in weights]
-        return torch.stack(list(weights)), torch.stack(list(outputs))
+        return torch.stack(weights), torch.stack(outputs)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -252,104 +271,21 @@ class Bank:
             yield file
 
 
-def frame(path: str | os.PathLike):
-    """The DataFrame of all banks in a file, for someone who has the file only.
-
-    Raises ValueError for a damaged row.
-    """
-    pd = needs("pandas", "notebooks")
-    with opened(path) as file:
-        return _frame(pd, path, file)
-
-
-def _frame(pd, path, file: sqlite3.Connection, where: str = "", *arguments):
-    names = ", ".join(f"outputs.{name}" for name in COLUMNS.split(", "))
-    query = f"SELECT {names}, about FROM outputs JOIN banks USING (key) {where} ORDER BY outputs.rowid"
-    rows = []
-    for training, (*row, about) in enumerate(file.execute(query, arguments)):
-        sizes = json.loads(about)
-        if why := _damage(tuple(row), sizes["n"], sizes["targets"]):
-            raise ValueError(
-                f"{path}: row {row[0]} is damaged: {why}. Bank(path, run, measure).repair() removes it"
-            )
-        removed = int((_unpack(row[3], sizes["n"]) == 0).sum())
-        for target, output in enumerate(np.frombuffer(row[4], "<f8")):
-            rows.append((row[1], training, removed, target, output))
-    return pd.DataFrame(rows, columns=["bank", "training", "removed", "target", "output"])
-
-
 def _identity(run: Run, measure: Callable) -> Identity:
     return Identity(run.identity(), run.unknown()) | of_callable(measure, "measure")
 
 
 def _spread(outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """(K,): how far each output goes over the bank, told so that single rows do not count; beyond rounding.
+    """(K,): how far each of the (S, K) outputs is spread over the bank, as a standard deviation.
 
-    The median deviation alone is too small where most rows hardly move an output, so that what nine
-    rows in ten stay within counts, too; each as in a normal distribution, in standard deviations.
+    It is told from ranks, so that single wild rows do not count. Where outputs are distributed normally, the
+    median of their distances from the middle is 1/1.4826 of the standard deviation. It alone would be too
+    small where most rows hardly move an output, so what nine rows in ten stay within counts, too, which is
+    1.645 standard deviations then. Less than rounding does in a training, taken as 10,000 units in the last
+    place, is no spread.
     """
     middle = outputs.median(0).values
     far = (outputs - middle).abs().sort(0).values
     deviation = torch.maximum(1.4826 * far.median(0).values, far[int(0.9 * (len(far) - 1))] / 1.645)
     rounding = 1e4 * torch.finfo(dtype).eps * middle.abs()
-    return deviation.maximum(rounding).clamp_min(1e-300)
-
-
-def _digest(key: str, name: str, weights: bytes, outputs: bytes) -> str:
-    return fingerprints.digest(repr((key, name, weights, outputs)))
-
-
-def _damage(row: tuple, n: int, targets: int, sealed: bool = True) -> str | None:
-    """Why a row cannot be what was written, or None. Only a `sealed` one must have a digest."""
-    _, key, name, weights, outputs, made = row
-    try:
-        digest = json.loads(made).get("digest")
-        if digest is None and sealed:
-            return "it has no digest"
-        if digest is not None and digest != _digest(key, name, weights, outputs):
-            return "it does not hold the bits that were written"
-        there, numbers = _unpack(weights, n), _numbers(outputs, "<f8")
-    except (ValueError, TypeError, AttributeError, zlib.error) as error:
-        return str(error)
-    if len(there) != n or len(numbers) != targets:
-        return f"it has {len(there)} weights and {len(numbers)} outputs, not {n} and {targets}"
-    if not (there.isfinite().all() and numbers.isfinite().all()):
-        return "its numbers are not finite"
-    return None
-
-
-@contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[sqlite3.Connection]:
-    """A connection whose block is one transaction. Its errors are told in the project's words."""
-    try:
-        file = sqlite3.connect(path, timeout=PATIENCE)
-        try:
-            with file:
-                yield file
-        finally:
-            file.close()
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise TimeoutError(f"{path} is locked by another program for more than {PATIENCE:g} s") from error
-        out = ". The rows that it holds are whole: make room, and call again" if "full" in str(error) else ""
-        raise OSError(f"{path} cannot be used as a bank: {error}{out}") from error
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} is not a bank: {error}. Give another file") from error
-
-
-def _id(weights: Tensor) -> str:
-    return fingerprints.fingerprint(weights)
-
-
-def _pack(weights: Tensor) -> bytes:
-    kind = "<f8" if weights.dtype == torch.float64 else "<f4"
-    return zlib.compress(weights.numpy().astype(kind).tobytes(), 9)
-
-
-def _unpack(blob: bytes, n: int) -> Tensor:
-    raw = zlib.decompress(blob)
-    return _numbers(raw, "<f8" if len(raw) == 8 * n else "<f4")
-
-
-def _numbers(blob: bytes, kind: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(blob, kind).copy())
+    return deviation.maximum(rounding).clamp_min(1e-300)  # the last so that nothing is divided by 0

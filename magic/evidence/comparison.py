@@ -7,7 +7,7 @@ prediction can rank well and be wrong in size, so Pearson's correlation, R² and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,25 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import subsets as choose
 from ..attribution import Attribution
-from ..show import Table, needs
+from ..show import Figure, Table, needs
+from ..subsets import permutations, random, single
+from ..training.run import Run
 from .bank import Bank
 from .outputs import outputs
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the bootstrap
+QUANTILES = (0.025, 0.975)  # what 95 % lies between
 
 
 @dataclass(eq=False, repr=False)
 class Comparison(Table):
     """Predicted against true outputs of S retrained models.
 
-    predicted, true  (S, K)
+    predicted, true  (S, K), in the unit of the measure
     baseline         (K,): outputs with nothing removed
     what             the retrainings, in words
+    drop             the share that was removed in each, if it is the same
+    seed             of the bootstrap
     weights          (S, n) they were trained with, if known
     per_target       (K,): Spearman correlation of each target's column, `mean` their mean
-    interval         95 % of 1,000 bootstrap resamples, over subsets and targets
+    interval         its interval
+
+    `spearman`, `pearson`, `r2` and `slope` are Figures: means over targets, with intervals that hold 95 % of
+    1,000 bootstrap resamples (Efron 1979, Annals of Statistics 7), over retrainings and targets at once.
+
+    Raises ValueError for other shapes, fewer than three retrainings, or an output that is always the same.
     """
 
     predicted: Tensor
@@ -61,37 +70,46 @@ class Comparison(Table):
 
     @cached_property
     def per_target(self) -> np.ndarray:
+        """(K,): Spearman's rank correlation of predicted and true, for each target."""
         return spearman(*self._columns)
 
     @property
     def mean(self) -> float:
-        return float(self.per_target.mean())
+        """The linear datamodeling score: the mean of `per_target`."""
+        return float(self.per_target.mean())  # without the bootstrap of its interval, which takes longer
 
-    @cached_property
+    @property
     def interval(self) -> tuple[float, float]:
-        return self._interval(spearman)
+        """The ends of the interval of `mean`."""
+        return self.spearman.low, self.spearman.high
 
     @cached_property
-    def pearson(self) -> tuple[float, float, float]:
-        """Pearson's correlation, mean over targets, and its interval."""
+    def spearman(self) -> Figure:
+        """Spearman's rank correlation: the linear datamodeling score, LDS."""
+        return self._figure(spearman)
+
+    @cached_property
+    def pearson(self) -> Figure:
+        """Pearson's correlation."""
         return self._figure(pearson)
 
     @cached_property
-    def r2(self) -> tuple[float, float, float]:
-        """R² of the prediction as it stands, mean over targets, and its interval: 1 − Σ(true − predicted)² /
-        Σ(true − mean)². Below 0, the mean of the true outputs would have been the better prediction."""
+    def r2(self) -> Figure:
+        """R² of the prediction as it stands: 1 − Σ(true − predicted)² / Σ(true − mean)².
+
+        Below 0, the mean of the true outputs would have been the better prediction.
+        """
         return self._figure(r2)
 
     @cached_property
-    def slope(self) -> tuple[float, float, float]:
-        """Least-squares slope of true on predicted changes over all targets together, and its interval."""
+    def slope(self) -> Figure:
+        """Least-squares slope of true on predicted changes, over all targets together."""
         return self._figure(slope)
 
-    def _figure(self, statistic) -> tuple[float, float, float]:
-        return (float(np.mean(statistic(*self._columns))), *self._interval(statistic))
-
-    def _interval(self, statistic) -> tuple[float, float]:
+    def _figure(self, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Figure:
+        """The mean of a statistic over targets, with its bootstrap interval."""
         predicted, true = self._columns
+        mean = float(np.mean(statistic(predicted, true)))
         dice = np.random.default_rng(self.seed)
         found = []
         for _ in range(RESAMPLES):
@@ -99,35 +117,39 @@ class Comparison(Table):
             columns = dice.integers(true.shape[1], size=true.shape[1])
             with np.errstate(invalid="ignore", divide="ignore"):  # a resample may happen to be constant
                 found.append(np.nanmean(statistic(predicted[rows][:, columns], true[rows][:, columns])))
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        return float(low), float(high)
+        low, high = np.nanquantile(found, QUANTILES)
+        return Figure(mean, float(low), float(high))
 
     @property
     def caption(self) -> str:
         return f"Predicted against true: {len(self.true)} {self.what}, {self.true.shape[1]} targets"
 
     def rows(self) -> list[tuple[str, str]]:
-        def line(mean, low, high):
-            return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
+        """The table: each statistic with its interval."""
         return [
-            ("Spearman (LDS)", line(self.mean, *self.interval)),
-            ("Pearson", line(*self.pearson)),
-            ("R²", line(*self.r2)),
-            ("slope, true on predicted", line(*self.slope)),
+            ("Spearman (LDS)", str(self.spearman)),
+            ("Pearson", str(self.pearson)),
+            ("R²", str(self.r2)),
+            ("slope, true on predicted", str(self.slope)),
         ]
 
     def frame(self):
-        """A DataFrame of changes against the baseline: retraining, target, predicted, true."""
-        pd = needs("pandas", "notebooks")
+        """A DataFrame of changes against the baseline: retraining, target, predicted, true.
 
+        Raises ImportError without pandas.
+        """
+        pd = needs("pandas", "notebooks")
         predicted, true = self._columns
         retraining, target = np.indices(true.shape)
         columns = {"retraining": retraining, "target": target, "predicted": predicted, "true": true}
         return pd.DataFrame({name: x.ravel() for name, x in columns.items()})
 
     def plot(self, ax=None, targets: int | None = 1):
-        """Predicted against true change, one dot per retrained model; the diagonal is exactness."""
+        """Predicted against true change, one dot per retrained model; the diagonal is exactness.
+
+        targets   how many of the K are shown, from the first; None for all. Returns the axes. Raises
+                  ImportError without seaborn
+        """
         from ..book.plot import predicted_against_true
 
         return predicted_against_true(self, ax=ax, targets=targets)
@@ -139,39 +161,50 @@ def lds(
     subsets: int = 100,
     *,
     seed: int = 0,
-    progress: bool = True,
     bank: Bank | None = None,
     jobs: int | None = None,
+    progress: bool = True,
 ) -> Comparison:
     """Retrain without `subsets` random sets of a fraction `drop`, and compare with the prediction.
 
-    Takes `subsets` + 1 trainings, less those that `bank` holds; `jobs` as in `magic.outputs`.
-    Raises ValueError for fewer than 3 subsets, a fraction that rounds to nothing or everything, or a
-    target whose true output does not vary.
+    seed    of the sets, and of the bootstrap
+    bank, jobs, progress   as in `magic.outputs`
+
+    Takes `subsets` + 1 trainings, less those that `bank` holds. Raises ValueError for fewer than 3 subsets, a
+    fraction that rounds to nothing or everything, or a target whose true output does not vary; ImportError
+    without scipy. Source: Park et al. 2023, arXiv 2303.14186, section 2.
     """
-    _check_ready(scores)
+    run, _ = _ready(scores)
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
-    weights = choose.random(scores.run.n, drop, subsets, seed)
+    weights = random(run.n, drop, subsets, seed)
     compared = compare(scores, weights, bank=bank, jobs=jobs, progress=progress, seed=seed)
     compared.drop, compared.what = drop, f"trainings without {100 * drop:g} % of the data"
     return compared
 
 
 def leave_one_out(
-    scores: Attribution, examples: int | Iterable[int] = 30, *, seed: int = 0, **options
+    scores: Attribution,
+    examples: int | Iterable[int] = 30,
+    *,
+    seed: int = 0,
+    bank: Bank | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
 ) -> Comparison:
     """Retrain without single examples, and compare: a number of them at random, or those given.
 
-    `options` are those of `compare`: bank, jobs, progress.
+    seed   of the examples, and of the bootstrap
+    bank, jobs, progress   as in `magic.outputs`
+
+    Raises ValueError for fewer than 3 examples, or for scores without run and measure.
     """
-    _check_ready(scores)
-    n = scores.run.n
+    n = _ready(scores)[0].n
     if isinstance(examples, int):
         if not 3 <= examples <= n:
             raise ValueError(f"examples={examples}: between 3 and n={n}")
-        examples = choose.permutations(n, 1, seed)[0][:examples]
-    compared = compare(scores, choose.single(n, examples), seed=seed, **options)
+        examples = permutations(n, 1, seed)[0][:examples]
+    compared = compare(scores, single(n, examples), bank=bank, jobs=jobs, progress=progress, seed=seed)
     compared.what = "trainings without one example"
     return compared
 
@@ -185,21 +218,30 @@ def compare(
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
-    """Retrain at each row of `weights`, (S, n) as `magic.subsets` makes them, and compare."""
-    _check_ready(scores)
-    everything = torch.ones(1, scores.run.n, device="cpu")
+    """Retrain at each row of `weights`, (S, n) as `magic.subsets` makes them, and compare.
+
+    bank, jobs, progress   as in `magic.outputs`
+    seed   of the bootstrap
+
+    Takes S + 1 trainings, less those that `bank` holds. Raises ValueError for fewer than 3 rows, for a target
+    whose true or predicted output does not vary, and for scores without run and measure; ImportError without
+    scipy.
+    """
+    run, measure = _ready(scores)
+    everything = torch.ones(1, run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
-    true = outputs(scores.run, scores.measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
+    true = outputs(run, measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 
-def _check_ready(scores: Attribution) -> None:
-    """Raise, before anything is trained, for what would only show afterwards."""
+def _ready(scores: Attribution) -> tuple[Run, Callable]:
+    """Run and measure of the scores. What would only show after the trainings is raised here."""
     needs("scipy.stats", "notebooks")
     if scores.run is None or scores.measure is None:
         raise ValueError(
             "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
         )
+    return scores.run, scores.measure
 
 
 def _refuse_constant(true: Tensor, predicted: Tensor) -> None:

@@ -21,18 +21,22 @@ from ..attribution import Attribution
 from ..engine.replay import metagradient
 from ..show import Table
 
-# small enough for Adam, whose first step is the sign of the gradient but for eps; large enough for rounding
+# ε, of a direction whose largest entry is 1: small enough for Adam, whose first step is the sign of the
+# gradient but for eps; large enough that rounding does not show
 STEP = {torch.float32: 0.02, torch.float64: 1e-6}
-UNSTEADY = 0.1
-TRUSTED = 0.95
+UNSTEADY = 0.1  # differences over ε and 2ε that differ by more than this share of themselves are warned of
+TRUSTED = 0.95  # the correlation down to which a ranking is trusted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curvature(Table):
     """How the derivative changes along `direction`, from `scores.at`.
 
-    values   (K, n): H d
-    slope    (K,): dᵀ∇f;    second   (K,): dᵀH d
+    scores     where it starts from
+    direction  (n,): d, in data weights
+    values     (K, n): H d
+    slope      (K,): dᵀ∇f
+    second     (K,): dᵀH d
     """
 
     scores: Attribution
@@ -41,10 +45,12 @@ class Curvature(Table):
 
     @property
     def slope(self) -> Tensor:
+        """(K,): dᵀ∇f, the first derivative of each output along d."""
         return self.scores.values @ self.direction
 
     @property
     def second(self) -> Tensor:
+        """(K,): dᵀH d, the second."""
         return self.values @ self.direction
 
     def predict(self, distance: float) -> Tensor:
@@ -52,20 +58,27 @@ class Curvature(Table):
         return self.scores.outputs + distance * self.slope + 0.5 * distance**2 * self.second
 
     def correlation(self, drop: float) -> Tensor:
-        """(K,): of the scores here with those at the centre of random sets with a share `drop` removed, to
-        this order. The tangent's prediction correlates with the truth by about as much at most: what is
-        curved among the sets comes on top.
+        """(K,): how the scores here correlate with those at the centre of random sets, to this order.
+
+        drop   the share of the data that the sets leave out
+
+        The tangent's prediction correlates with the truth by about as much at most: what is curved among the
+        sets comes on top.
         """
         return self.scores.cosine(self.scores.like(self.scores.values + drop * self.values))
 
     def trusted(self, correlation: float = TRUSTED) -> float:
-        """The largest share, up to one half, below which the tangent's turning allows this correlation, in
-        the mean over targets. Beyond it no ranking is to be expected; before it, none is promised."""
+        """The largest share, up to one half, below which the tangent's turning allows this correlation.
+
+        The correlation is the mean over targets. Beyond the share no ranking is to be expected; before it,
+        none is promised.
+        """
         shares = np.linspace(0, 0.5, 101)
         good = [self.correlation(share).mean().item() >= correlation for share in shares]
         return float(shares[good.index(False) - 1]) if False in good else 0.5
 
     def rows(self) -> list[tuple[str, str]]:
+        """The table: how the correlation falls with the share that is removed."""
         K, n = self.values.shape
         shown = (0.01, 0.05, 0.2, 0.5)
         return [
@@ -86,12 +99,20 @@ def curvature(
     order: int = 4,
     progress: bool = True,
 ) -> Curvature:
-    """H d from `order` metagradients, 2 or 4, along `direction`, (n,); by default −1, all weights down.
+    """H d: how the scores change along a direction, by differences of metagradients.
 
-    Puts into `scores.health` beyond which share the turning alone spoils the ranking; health has a problem
-    to report if that is less than 5 %. `step` is the ε of the differences. In float64 they agree with
-    autograd through the whole run to 1e-6 (Adam, whose derivative has kinks as narrow as its eps) or 1e-8;
-    in float32 to about a hundredth. Of order 4, they warn when they are unsteady.
+    direction  (n,); by default −1, all weights down
+    step       the ε of the differences, in data weights; by default .02 in float32 and 1e-6 in float64, for a
+               direction whose largest entry is 1
+    order      how many metagradients are taken, 2 or 4, and the power of ε by which the error falls. Of order
+               4, differences that are unsteady are warned of
+
+    In float64 the differences agree with autograd through the whole run to 1e-6 (Adam, whose derivative has
+    kinks as narrow as its eps) or 1e-8; in float32 to about a hundredth.
+
+    What is found out about scores is kept with them, so that they are shown and saved with it: along the
+    default direction `scores.health` is replaced by one that knows beyond which share the turning alone
+    spoils the ranking, and has a problem to report if that is less than 5 %.
 
     Raises ValueError for scores that are means over several points, or without a run.
     """
@@ -99,7 +120,7 @@ def curvature(
     if run is None or measure is None or scores.plan is None:
         raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
     if not scores.tangent:
-        raise ValueError(f"the curvature belongs to one point; these scores are {scores.where}")
+        raise ValueError(f"the curvature belongs to one point; these scores are {scores.point}")
     if order not in (2, 4):
         raise ValueError(f"order={order}: 2 or 4")
     down = direction is None
@@ -110,7 +131,7 @@ def curvature(
 
     def central(h: float) -> Tensor:
         ends = [run.weights(scores.at + s * h * direction, allow_negative=True) for s in (1, -1)]
-        ahead, behind = (metagradient(run, measure, w, scores.plan, progress).values for w in ends)
+        ahead, behind = (metagradient(run, measure, w, scores.plan, progress=progress).values for w in ends)
         return (ahead - behind) / (2 * h)
 
     values = central(step)

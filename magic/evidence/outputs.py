@@ -47,6 +47,10 @@ def outputs(
     jobs   processes; None: one, until that would take long, then all cores, or what
            joblib.parallel_config says. The bits do not depend on it. With more than one process set
            torch.set_num_threads(1) first, or they take each other's cores
+    progress   whether a bar is shown; by default it is
+
+    Raises ValueError for a bank of another run or measure, for a damaged row of it, for a run that changed
+    while it was retrained, and ImportError where more than one process is needed and joblib is missing.
     """
     if weights.dim() == 1 and bank is None:
         return retrained(run, measure, weights, how).cpu()
@@ -56,8 +60,9 @@ def outputs(
         bank = Bank(":memory:", run, measure, how=how)
     bank.serves(run, measure)
     parts = run.identity()
-    known = {s: bank.get(row) for s, row in enumerate(weights)}
-    todo = [s for s, found in known.items() if found is None]
+    looked_up = {s: bank.get(row) for s, row in enumerate(weights)}
+    known = {s: found for s, found in looked_up.items() if found is not None}
+    todo = [s for s in looked_up if s not in known]
     with bar(len(todo), "retrain", progress) as shown:
         for s, found in _trained(run, measure, weights, todo, bank.how, jobs):
             known[s] = found
@@ -74,7 +79,10 @@ def outputs(
 
 
 def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):
-    """(row, its outputs), as they are done."""
+    """Yield the number of each row of `todo` and its outputs, (K,), as they are done.
+
+    The first is trained here, unless jobs are asked for: it says how long the others would take.
+    """
     start = time.monotonic()
     if jobs is None and todo and not _elsewhere():
         yield todo[0], retrained(run, measure, weights[todo[0]], how)
@@ -88,6 +96,7 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
 
 
 def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
+    """The same, by joblib. A worker gets several rows at a time, and run and measure once."""
     joblib = needs("joblib", "notebooks")
     from joblib.parallel import get_active_backend
 

@@ -19,20 +19,24 @@ from ..training.run import Run
 from ..training.state import State
 
 
-def retrain(run: Run, without: Iterable[int], progress: bool = True, *, how: str = "weight") -> State:
+def retrain(run: Run, without: Iterable[int], *, how: str = "weight", progress: bool = True) -> State:
     """The final state of the same run without these training examples.
 
+    without   indices of training examples
     how   "weight": their data weights are 0; "rows": they are left out of their batches, whose losses
           are averaged over the rows that stay. Dropout then draws other numbers than in the full batch.
+
+    Raises IndexError for an example that there is not, ValueError for one given twice, for another `how`, or
+    for a batch that no row is left of.
     """
     (weights,) = subsets.without(run.n, [without])
     return _train(run, run.weights(weights), how, progress)
 
 
 def without_rows(run: Run, weights: Tensor) -> Run:
-    """The same run with the examples of weight 0 left out of their batches.
+    """The same run with the examples of weight 0, of (n,) `weights`, left out of their batches.
 
-    Raises ValueError for a batch that nothing is left of.
+    It shares model and data with `run`. Raises ValueError for a batch that nothing is left of.
     """
     present = weights.cpu() != 0
     smaller = copy.copy(run)
@@ -46,14 +50,15 @@ def without_rows(run: Run, weights: Tensor) -> Run:
 
 
 def retrained(run: Run, measure: Callable, weights: Tensor, how: str = "weight") -> Tensor:
-    """(K,) measured outputs of the model trained with these data weights, (n,)."""
+    """(K,) measured outputs of the model trained with these data weights, (n,), on the run's device."""
     with determinism.alone():
         return measured_outputs(run, _train(run, run.weights(weights), how, False), measure)
 
 
 def _train(run: Run, weights: Tensor, how: str, progress: bool) -> State:
+    """The final state at these (n,) weights, removed as `how` says."""
     if how == "weight":
-        return run.train(weights, progress)
+        return run.train(weights, progress=progress)
     if how == "rows":
-        return without_rows(run, weights).train(weights, progress)
+        return without_rows(run, weights).train(weights, progress=progress)
     raise ValueError(f'how={how!r}: choose "weight" (data weight 0) or "rows" (left out of the batches)')

@@ -17,24 +17,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import subsets
 from ..attribution import attribute
 from ..show import needs
+from ..subsets import random
 from ..training.finite import NonFinite
 from ..training.run import Run
 from ..training.state import State
 
 
 def directions(n: int, drop: float, count: int, seed: int = 0) -> Tensor:
-    """(count, n): ways to go, each of which removes a random share `drop` at length 1."""
-    return subsets.random(n, drop, count, seed) - 1
+    """(count, n): ways to go, each of which removes a random share `drop` at length 1.
+
+    Raises ValueError where the share rounds to no example or to all.
+    """
+    return random(n, drop, count, seed) - 1
 
 
 def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: State | None = None) -> float:
-    """Ŝ of the trained parameters along `direction`, (n,), in two steps of `length`: at most 1, 1 is smooth.
+    """Ŝ of the trained parameters along a direction: a number of at most 1, and 1 is smooth.
 
-    `start` is the run trained at w = 1, if that is known, which saves a training. Buffers and optimizer
-    state are left out, as in the paper.
+    direction  (n,), in data weights
+    length     of each of the two steps along it
+    start      the run trained at w = 1, if that is known, which saves one of three trainings
+
+    Buffers and optimizer state are left out, as in the paper. Raises ValueError for a direction that is 0 or
+    of another shape, and for one along which the trained parameters do not change.
     """
     direction = torch.as_tensor(direction).to(run.weights())
     if direction.shape != (run.n,) or not direction.any():
@@ -54,10 +61,11 @@ def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: Stat
 def similarity(run: Run, measure: Callable, direction: Tensor, length: float = 1.0, **options) -> Tensor:
     """(K,): cosine of the scores at w = 1 with those at 1 + length·direction, their means taken off.
 
-    By default a whole random set away. `options` are those of `magic.attribute`: memory, plan.
+    direction  (n,), in data weights; `directions` gives some, and length 1 goes a whole random set away
+    options    those of `magic.attribute`: memory, plan
     """
     direction = torch.as_tensor(direction).to(run.weights())
-    ends = [attribute(run, measure, 1 + k * length * direction, False, **options) for k in (0, 1)]
+    ends = [attribute(run, measure, 1 + k * length * direction, progress=False, **options) for k in (0, 1)]
     return ends[0].cosine(ends[1])
 
 
@@ -72,15 +80,17 @@ def survey(
 ):
     """Smoothness against accuracy for several recipes: a DataFrame, a row for each run.
 
+    runs      by name, or pairs of a name and a run
     accuracy  trained model -> a number, such as the share of validation images it gets right
     measure   if given, the cosine of its scores over a random set is computed as well, at the price of two
               replays for each run
-    count     random directions; metasmoothness is their mean, `low` and `high` the extremes
+    drop      the share of the data that each direction removes
+    count     random directions; the column metasmoothness is their mean, `low` and `high` the extremes
+    seed      of the directions
 
-    A run that becomes infinite or NaN has NaN in its row.
+    A run that becomes infinite or NaN has NaN in its row. Raises ImportError without pandas.
     """
     pd = needs("pandas", "notebooks")
-
     rows = {}
     for name, run in dict(runs).items():
         ways = directions(run.n, drop, count, seed)

@@ -9,11 +9,14 @@ differences that both straddle the kink can agree by chance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..attribution import Attribution
 from ..engine.health import Verification
+from ..training.run import Run
 from .outputs import outputs
 
 LADDER = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (4e-2, 1e-2, 2.5e-3, 6e-4)}
@@ -28,13 +31,13 @@ def verify(
     where three step sizes in a row agree to a twentieth of the slope. Smaller ones are tried while a target
     is not judged: ten trainings at most in float64, eight in float32.
 
-    step   the largest ε; by default .001 in float64 and .04 in float32
+    step   the largest ε, in data weights; by default .001 in float64 and .04 in float32
     returns a Verification; it is kept as `scores.verification`
 
     Raises ValueError for scores without run and measure, or whose derivative is a mean over several points.
     """
-    run = scores.run
-    if run is None or scores.measure is None:
+    run, measure = scores.run, scores.measure
+    if run is None or measure is None:
         raise ValueError("these scores know no run and measure; give them to Attribution.load")
     if not scores.tangent:
         raise ValueError("these scores are a mean over several points; verify a derivative at one point")
@@ -50,12 +53,12 @@ def verify(
     if not v.any():
         raise ValueError("every data weight is near 0, where it cannot be moved both ways")
     predicted = scores.values.double().cpu() @ v.double()
-    slopes, rounding = _slopes(scores, at, v, steps[:3], progress)
+    slopes, rounding = _slopes(run, measure, at, v, steps[:3], progress)
     result = _judge(predicted, slopes, rounding, steps)
     for h in steps[3:]:
         if result.resolved.all():
             break
-        more = _slopes(scores, at, v, [h], progress)
+        more = _slopes(run, measure, at, v, [h], progress)
         slopes, rounding = torch.cat([slopes, more[0]]), torch.cat([rounding, more[1]])
         result = _judge(predicted, slopes, rounding, steps)
     scores.verification = result
@@ -63,16 +66,17 @@ def verify(
 
 
 def _slopes(
-    scores: Attribution, at: Tensor, v: Tensor, steps: list[float], progress: bool
+    run: Run, measure: Callable, at: Tensor, v: Tensor, steps: list[float], progress: bool
 ) -> tuple[Tensor, Tensor]:
     """(len(steps), K) each: central differences along v, and how far rounding may have moved them.
 
-    Each of T steps rounds an output by about the precision of its type, and errors add up like √T.
+    Each of T steps rounds an output by about the precision of its type, and errors add up like √T. Four times
+    that is on the safe side for a difference of two outputs.
     """
     points = torch.stack([at + sign * h * v for h in steps for sign in (1, -1)])
-    found = outputs(scores.run, scores.measure, points, progress=progress).double().cpu()
+    found = outputs(run, measure, points, progress=progress).double().cpu()
     h = torch.tensor(steps, dtype=torch.float64)[:, None]
-    rounding = 4 * torch.finfo(scores.run.dtype).eps * scores.run.steps**0.5 * found.abs().amax(0) / h
+    rounding = 4 * torch.finfo(run.dtype).eps * run.steps**0.5 * found.abs().amax(0) / h
     return (found[::2] - found[1::2]) / (2 * h), rounding
 
 

@@ -93,6 +93,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="run, measure and plan"):
         magic.curvature(scores.like(scores.values))
     for where in (magic.points.path(scores.run, 0.2, 1), magic.points.average(scores.run, 0.2, 2)):
-        mean = magic.attribute(scores.run, scores.measure, where, False)
+        mean = magic.attribute(scores.run, scores.measure, where, progress=False)
         with pytest.raises(ValueError, match="one point"):
             magic.curvature(mean)

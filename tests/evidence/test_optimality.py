@@ -6,8 +6,8 @@ import torch
 
 import magic
 from magic import subsets
-from magic.evidence import optimality
 from magic.evidence.comparison import Comparison
+from magic.evidence.optimality import ridge
 
 N, S, K, DROP = 300, 200, 8, 0.1
 
@@ -52,16 +52,18 @@ def test_curvature_is_no_gap():
     found = magic.optimality(result)
     assert gap < 1e-12 and found.correlation[0] < 0.93
     assert found.gap[1] <= 0 <= found.gap[2] and abs(found.gap[0]) < 0.01
-    assert found.best[0] == pytest.approx(found.correlation[0] + found.gap[0])
+    assert found.best_correlation.mean == pytest.approx(found.correlation.mean + found.gap.mean)
+    with pytest.warns(DeprecationWarning, match=r"Optimality\.best is Optimality\.best_correlation now"):
+        assert found.best == found.best_correlation
     assert "optimality gap" in repr(found)
 
 
 def test_a_fit_gets_what_is_linear():
     result, _ = made_up(1, missing=0.5, bent=0.0)
-    curve = optimality.ridge(result, [50, 100])
+    curve = ridge(result, [50, 100])
     assert list(curve["size"]) == [50, 100, S]
     assert curve["R2"].is_monotonic_increasing and curve["R2"].iloc[-1] > result.r2[0]
-    nothing = optimality.ridge(result, [50], prior=False)
+    nothing = ridge(result, [50], prior=False)
     assert nothing["LDS"].iloc[-1] < curve["LDS"].iloc[-1]
 
 
@@ -76,4 +78,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="at least 10 retrainings"):
         magic.optimality(few)
     with pytest.raises(ValueError, match="3 is not between 10 and 200"):
-        optimality.ridge(result, [3])
+        ridge(result, [3])

@@ -15,7 +15,7 @@ import torch
 
 import magic
 from magic import subsets
-from magic.evidence import bank, retraining
+from magic.evidence import bank, retraining, rows
 from magic.evidence import outputs as many
 from tests.support import cases
 
@@ -204,6 +204,19 @@ def test_a_cluster():
         assert torch.equal(magic.outputs(run, measure, weights, progress=False), serial)
 
 
+def test_a_keyword_that_there_is_not():
+    run, measure = small()
+    with pytest.raises(TypeError, match=r"^outputs\(\) got an unexpected keyword argument 'job'"):
+        magic.outputs(run, measure, subsets.single(run.n, [1]), job=2)
+    scores = magic.Attribution(torch.eye(3, run.n), torch.zeros(3), torch.ones(run.n), run, measure)
+    with pytest.raises(TypeError, match=r"^lds\(\) got an unexpected keyword argument 'job'"):
+        magic.lds(scores, drop=0.1, subsets=3, job=2)
+    with pytest.raises(TypeError, match=r"^leave_one_out\(\) got an unexpected keyword argument 'banks'"):
+        magic.leave_one_out(scores, [1, 2, 3], banks=None)
+    with pytest.raises(TypeError, match="positional"):
+        magic.retrain(run, [1], False)
+
+
 # --- the bank
 
 
@@ -267,7 +280,7 @@ def test_a_file_that_is_no_bank(tmp_path):
 def test_a_locked_file(tmp_path, monkeypatch):
     run, measure = small()
     kept = magic.Bank(tmp_path / "bank.sqlite", run, measure)
-    monkeypatch.setattr(bank, "PATIENCE", 0.1)
+    monkeypatch.setattr(rows, "PATIENCE", 0.1)
     other = sqlite3.connect(tmp_path / "bank.sqlite")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(TimeoutError, match=r"locked by another program for more than 0.1 s"):
@@ -354,16 +367,19 @@ def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
         kept.put(2 * weights[0], torch.tensor([1.0, float("nan"), 2.0]))
 
 
-def test_one_wild_row_does_not_make_others_pass(tmp_path, monkeypatch):
+def test_one_wild_row_does_not_make_others_pass(tmp_path):
     """The rows of another run, one of them 1e12, were adopted: beside it, nothing differs."""
     _, measure, weights, kept = banked(tmp_path, rows=8)
     kept.put(2 * weights[0], torch.full((3,), 1e12, dtype=torch.float64))
     stranger, measure = small(seed=1)
     drawn = []
-    train = bank.retrained
-    monkeypatch.setattr(bank, "retrained", lambda *work: drawn.append(work[2]) or train(*work))
+
+    def train(*work):
+        drawn.append(work[2])
+        return retraining.retrained(*work)
+
     with pytest.raises(ValueError, match="It is of another run"):
-        magic.Bank(kept.path, stranger, measure).adopt()
+        magic.Bank(kept.path, stranger, measure).adopt(train=train)
     assert 1 <= len(drawn) <= 2
 
 

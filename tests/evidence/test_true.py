@@ -115,7 +115,7 @@ def test_large_removals_at_their_centre(digits, device):
     measure = of_test_images(x_test, y_test)
     full = magic.attribute(run, measure, progress=False)
     for drop, ranks, sizes in ((0.2, 0.97, 0.88), (0.5, 0.95, 0.8)):
-        centre = magic.attribute(run, measure, "centre", False, drop=drop)
+        centre = magic.attribute(run, measure, "centre", drop=drop, progress=False)
         result = magic.lds(centre, drop=drop, subsets=30, progress=False)
         other = magic.Comparison(full.predict(result.weights).cpu(), result.true, result.baseline)
         print(drop, other.mean, other.r2[0], result)

@@ -36,10 +36,10 @@ def test_what_cannot_be_judged_is_no_alarm(seed):
 def test_what_cannot_be_verified_says_so():
     run, *_ = cases.build("sgd")
     measure = cases.measure_on(*cases.data())
-    path = magic.attribute(run, measure, "path", False, drop=0.2)
+    path = magic.attribute(run, measure, "path", drop=0.2, progress=False)
     with pytest.raises(ValueError, match="several points"):
         magic.verify(path)
-    nothing = magic.attribute(run, measure, 0.0, False)
+    nothing = magic.attribute(run, measure, 0.0, progress=False)
     with pytest.raises(ValueError, match="near 0"):
         magic.verify(nothing)
     scores = magic.attribute(run, measure, progress=False)

@@ -537,7 +537,7 @@ def test_where_and_tangent_stay(tmp_path):
         magic.Attribution.load(path),
         magic.Attribution.load(path, run),
     ):
-        assert (other.tangent, other.where, other.made) == (False, scores.where, scores.made)
+        assert (other.tangent, other.point, other.made) == (False, scores.point, scores.made)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
-"""Data sets, models, figures and the checks that notebooks use."""
+"""Data sets, models, figures and the checks that notebooks use; what is shown, and what is missing."""
 
+import ast
 import gzip
+import pickle
 import sys
+import tomllib
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -9,7 +13,9 @@ import pytest
 import torch
 
 import magic
+from magic import subsets
 from magic.book import checks, data, models, plot
+from magic.show import DISTRIBUTIONS, Figure
 from tests.support import cases
 
 matplotlib.use("agg")
@@ -79,19 +85,177 @@ def test_cifar10_through_torchvision(monkeypatch):
     assert x.mean((0, 2, 3)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("module", "call", "extra"),
-    [
-        ("sklearn.datasets", data.digits, "notebooks"),
-        ("torchvision", data.cifar10, "notebooks"),
-        ("seaborn", plot.style, "notebooks"),
-        ("scipy.stats", lambda: magic.evidence.comparison.spearman(np.eye(3), np.eye(3)), "notebooks"),
-    ],
+# --- packages that may be missing
+
+
+PACKAGE = Path(magic.__file__).parent
+OURS = {"magic", "torch", "numpy"}  # what `import magic` may take for granted
+
+
+def needed(source: str) -> list[tuple[str, str, str]]:
+    """(function, package, extra) for each call of `needs` in a module's source."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "needs":
+                first = node.args[0]  # a string, or an f-string that begins with one
+                text = first.values[0] if isinstance(first, ast.JoinedStr) else first
+                package = ast.literal_eval(text).partition(".")[0]
+                found.append((function.name, package, ast.literal_eval(node.args[1])))
+    return found
+
+
+def bare_imports(source: str) -> list[str]:
+    """Foreign packages that are imported without a way out: neither tried, nor after `needs`."""
+    tree, excused = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers):
+            excused |= {id(n) for part in [*node.body, *node.handlers] for n in ast.walk(part)}
+        elif isinstance(node, ast.FunctionDef):
+            had = {package for _, package, _ in needed(ast.unparse(node))}
+            inside = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            excused |= {id(n) for n in inside if {top for top in imported(n)} <= had}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in excused]
+    return [top for node in found for top in imported(node) if top not in OURS | sys.stdlib_module_names]
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "magic"]
+    return ["magic" if getattr(node, "level", 0) else name.partition(".")[0] for name in names]
+
+
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+PLACES = sorted(
+    (f"{module}.{function}", package, extra)
+    for module, source in SOURCES.items()
+    if module != "show"
+    for function, package, extra in set(needed(source))
 )
-def test_a_missing_package_names_its_extra(module, call, extra, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"pip install 'magic-attribution\[{extra}\]'"):
-        call()
+
+
+def compared():
+    weights = subsets.random(40, 0.1, 12).double()
+    columns = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(0)).double()
+    return magic.Comparison(columns[0], columns[1], torch.zeros(2).double(), weights=weights)
+
+
+def small_run():
+    run, *_ = cases.build("sgd")
+    return run, cases.measure_on(*run.data)
+
+
+def scored():
+    run, measure = small_run()
+    outputs = torch.zeros(3, dtype=torch.float64)
+    values = torch.eye(3, run.n, dtype=torch.float64)
+    return magic.Attribution(values, outputs, run.weights(), run, measure)
+
+
+def first(run):
+    return tuple(x[:3] for x in run.data)
+
+
+def in_two_processes():
+    run, measure = small_run()
+    return magic.outputs(run, measure, subsets.single(run.n, [1, 2]), jobs=2, progress=False)
+
+
+def estimated(method):
+    run, _ = small_run()
+    return method(run, first(run), run.initial)
+
+
+CALLS = {
+    "attribution.top": lambda folder: scored().top(0),
+    "book.data._torchvision": lambda folder: data.cifar10(root=folder),
+    "book.data.digits": lambda folder: data.digits(),
+    "book.plot._libraries": lambda folder: plot.style(),
+    "engine.files._safetensors": lambda folder: magic.train(small_run()[0], disk=folder, progress=False),
+    "evidence.bank.frame": lambda folder: magic.Bank(":memory:", *small_run()).frame(),
+    "evidence.comparison._ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
+    "evidence.comparison.frame": lambda folder: compared().frame(),
+    "evidence.comparison.spearman": lambda folder: compared().per_target,
+    "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
+    "evidence.ekfac.ekfac": lambda folder: estimated(magic.baselines.ekfac),
+    "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
+    "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
+    "evidence.outputs._in_parallel": lambda folder: in_two_processes(),
+    "evidence.rows.frame": lambda folder: magic.evidence.bank.frame(folder / "bank"),
+    "evidence.smoothness.survey": lambda folder: magic.smoothness.survey({}, None),
+    "evidence.trak._traker": lambda folder: estimated(magic.baselines.trak),
+}
+
+
+def hidden(monkeypatch, package):
+    """From now on the package is not there."""
+    for module in [m for m in sys.modules if m.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize(("place", "package", "extra"), PLACES)
+def test_a_missing_package_names_its_extra(place, package, extra, monkeypatch, tmp_path):
+    """Every place of the sources that needs a package is called without it."""
+    hidden(monkeypatch, package)
+    name = DISTRIBUTIONS.get(package, package)
+    with pytest.raises(ImportError, match=rf"needs? {name}: pip install 'magic-attribution\[{extra}\]'"):
+        CALLS[place](tmp_path)
+
+
+@pytest.mark.parametrize(("package", "extra"), sorted({(package, extra) for _, package, extra in PLACES}))
+def test_the_extra_brings_the_package(package, extra):
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = {line.partition(">")[0] for line in project["optional-dependencies"][extra]}
+    assert DISTRIBUTIONS.get(package, package) in brought
+
+
+def test_every_place_was_found():
+    places = {place for place, *_ in PLACES}
+    assert places == set(CALLS)
+    assert {package for _, package, _ in PLACES} >= {
+        "pandas",
+        "joblib",
+        "scipy",
+        "seaborn",
+        "sklearn",
+        "trak",
+    }
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_no_import_without_a_way_out(module):
+    assert bare_imports(SOURCES[module]) == []
+
+
+def test_a_bare_import_is_found():
+    assert bare_imports("def f():\n    import pandas as pd\n    import os, numpy") == ["pandas"]
+    assert bare_imports("from scipy.stats import rankdata\nfrom .show import bar") == ["scipy"]
+    assert bare_imports("try:\n    import tqdm\nexcept ImportError:\n    tqdm = None") == []
+    tried = "try:\n    import tqdm\nexcept ValueError:\n    pass"
+    assert bare_imports(tried) == ["tqdm"]
+    after = "def f():\n    needs('joblib', 'notebooks')\n    from joblib.parallel import x\n    import dask"
+    assert bare_imports(after) == ["dask"]
+
+
+# --- statistics
+
+
+def test_a_figure_prints_itself():
+    figure = Figure(0.99, 0.978, 0.993)
+    assert magic.Figure is Figure
+    assert str(figure) == repr(figure) == f"{figure}" == "0.990 [0.978, 0.993]"
+    assert f"{figure:.4f}" == "0.9900 [0.9780, 0.9930]"
+    mean, low, high = figure
+    assert (mean, low, high) == figure and figure[1:] == (0.978, 0.993) and figure.high == 0.993
+    assert pickle.loads(pickle.dumps(figure)) == figure
+
+
+# --- models
 
 
 MODELS = {
@@ -202,21 +366,24 @@ def test_the_transformer_sees_no_future():
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 0.01
 
 
-def test_compare_and_claim(capsys):
+def test_agree_and_claim(capsys):
     a = torch.tensor([1.0, 2.0])
-    checks.compare("equal", a, a.clone())
-    checks.compare("close", a, a * (1 + 3e-7))
+    checks.agree("equal", a, a.clone())
+    checks.agree("close", a, a * (1 + 3e-7))
     out = capsys.readouterr().out
     assert "same bits" in out and "agree to 1e-06" in out
-    checks.compare("signed zero", torch.zeros(2), -torch.zeros(2))
-    checks.compare("other type", a, a.double())
+    checks.agree("signed zero", torch.zeros(2), -torch.zeros(2))
+    checks.agree("other type", a, a.double())
     assert "same bits" not in capsys.readouterr().out
     with pytest.raises(AssertionError, match="relative difference is"):
-        checks.compare("far", a, a + 1)
+        checks.agree("far", a, a + 1)
     with pytest.raises(AssertionError, match="shape"):
-        checks.compare("shape", a, a[:1])
+        checks.agree("shape", a, a[:1])
     with pytest.raises(AssertionError, match="difference is nan"):
-        checks.compare("nan", a * float("nan"), a)
+        checks.agree("nan", a * float("nan"), a)
+    with pytest.warns(DeprecationWarning, match=r"magic\.book\.checks\.compare is agree now"):
+        from magic.book.checks import compare
+    assert compare is checks.agree
     checks.claim("holds", True)
     assert "✓ holds" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="does not hold: no"):

@@ -1,0 +1,110 @@
+"""EK-FAC influence functions, by the library kronfluence: a Newton step with a block for each layer.
+
+Source: Grosse et al. 2023, arXiv 2308.03296, section 2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ..attribution import Attribution
+from ..show import needs
+from ..training import determinism
+from ..training.run import Run
+from ..training.state import State
+from .estimates import Tensors, checked, estimate, no_classification, quietly
+
+STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+
+
+def ekfac(
+    run: Run, test: Tensors, state: State, *, damping: float | None = None, strategy="ekfac", batch_size=64
+) -> Attribution:
+    """Influence functions with an EK-FAC curvature, by the library kronfluence.
+
+        values[k, i] = −g_k · (G + λ)⁻¹ g_i / n
+
+    G is the mean over the training examples of the Fisher matrix, a block for each layer: for a
+    classification with cross-entropy the true Fisher, each example's label drawn from the model's
+    softmax (by the run's seed), for any other loss the empirical one, of the given targets. Only layers
+    of class nn.Linear and nn.Conv2d are covered; every other parameter is taken as fixed.
+
+    damping   λ; None for kronfluence's heuristic, 0.1 of the mean eigenvalue of each layer's block
+    strategy  "ekfac", "kfac", "diagonal", or "identity", where G + λ is 1
+
+    Raises ValueError for a loss that calls a layer more than once or for a model without such layers, and
+    ImportError without kronfluence. Source: Grosse et al. 2023, arXiv 2308.03296, section 2.
+    """
+    test, (state,) = checked(run, test, [state], batch_size)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    layers = _layers(run, state, test)
+    empirical, train = no_classification(run, test, state) is not None, TensorDataset(*run.data)
+    with quietly() as folder, determinism.alone(run.seed):
+        library, arguments = (
+            needs(f"kronfluence.{part}", "baselines", "EK-FAC needs") for part in ("analyzer", "arguments")
+        )
+        task = _task(run, layers)
+        model = library.prepare_model(run.model(state), task)
+        on_cpu = run.device.type == "cpu"
+        analyzer = library.Analyzer("run", model, task, on_cpu, disable_tqdm=True, output_dir=folder)
+        kinds = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+        options = {f"{kind}_dtype": run.dtype for kind in kinds}
+        options = arguments.FactorArguments(strategy=strategy, use_empirical_fisher=empirical, **options)
+        analyzer.fit_all_factors("factors", train, batch_size, factor_args=options)
+        options = {f"{kind}_dtype": run.dtype for kind in ("per_sample_gradient", "precondition", "score")}
+        options = arguments.ScoreArguments(damping_factor=damping, **options)
+        analyzer.compute_pairwise_scores(
+            "scores", "factors", TensorDataset(*test), train, batch_size, batch_size, score_args=options
+        )
+        scores = analyzer.load_pairwise_scores("scores")["all_modules"]
+    return estimate(run, test, state, -scores / run.n)
+
+
+def _layers(run: Run, state: State, test: Tensors) -> list[str]:
+    """The names of the trained layers that kronfluence covers, if the loss calls each of them once."""
+    model = run.model(state)
+    calls: Counter[nn.Module] = Counter()
+    trained = {id(p) for name, p in model.named_parameters() if name in state.params}
+    count = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.update([module]))
+    with count, torch.no_grad():
+        run.loss(model, *(x[:1] for x in test))
+    layers = {
+        name: calls[module]
+        for name, module in model.named_modules()
+        if name and type(module) in (nn.Linear, nn.Conv2d) and id(module.weight) in trained and calls[module]
+    }
+    what = "use gradient_similarity, which takes all parameters"
+    if not layers:
+        name = type(model).__name__
+        raise ValueError(f"kronfluence covers nn.Linear and nn.Conv2d, and {name} contains none: {what}")
+    if twice := [name for name in layers if layers[name] > 1]:
+        raise ValueError(f"layer {twice[0]!r} is called more than once, which kronfluence cannot do: {what}")
+    return list(layers)
+
+
+def _task(run: Run, layers: list[str]):
+    """The run's loss as kronfluence wants it; `sample` is asked of a classification only."""
+    Task: Any = needs("kronfluence.task", "baselines", "EK-FAC needs").Task
+
+    class Losses(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            if not sample:
+                return run.loss(model, *batch).sum()
+            logits = model(batch[0])
+            labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+            return F.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            return run.loss(model, *batch).sum()
+
+        def get_influence_tracked_modules(self):
+            return layers
+
+    return Losses()
