@@ -29,7 +29,7 @@ from .identity import fingerprints, parts
 from .points import Where, describe
 from .points import settle as settle_where
 from .show import Table
-from .training.arguments import check_indices
+from .training.examples import check_indices
 from .training.run import Run
 
 JUDGED = {"health": Health, "verification": Verification}  # how far the numbers can be trusted

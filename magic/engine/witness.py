@@ -28,7 +28,8 @@ from torch import Tensor
 from ..kernels.graph import graph_nodes
 from ..kernels.precision import InDouble
 from ..training import determinism, optim
-from ..training.arguments import clean_copy, each
+from ..training.arguments import clean_copy
+from ..training.examples import each
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from .adjoint import NotDifferentiable, Traced, measure_vjp, own_functions, pull, refusing

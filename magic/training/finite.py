@@ -1,4 +1,7 @@
-"""A run that stops being finite, or what it was: at which step, in which tensor, and what to do about it."""
+"""What stops a run: a number that is not finite, or a frozen parameter that has changed.
+
+The messages say at which step, in which tensor, and what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ class NonFinite(ArithmeticError):
 
 
 def not_finite(state: State, initial: State) -> list[str]:
-    """The tensors of a state that hold NaN or infinity. A buffer may keep one that it began with, as an
-    attention mask keeps its −∞."""
+    """The names of the tensors of a state that hold NaN or infinity.
+
+    A buffer may keep one that it began with, as an attention mask keeps its −∞.
+    """
     found = []
     for name, x in state.flatten().items():
         fine = x.isfinite()
@@ -28,7 +33,7 @@ def not_finite(state: State, initial: State) -> list[str]:
 
 
 def checked(final: State, run) -> State:
-    """The last state of a run, if all its tensors are finite, and what is frozen is what it was."""
+    """The last state of a run; raises if a tensor in it is not finite, or a frozen parameter has changed."""
     if where := not_finite(final, run.initial):
         t = final.step
         raise NonFinite(f"step {t}: {where[0]!r} is not finite; lower the learning rate or warm it up")

@@ -25,13 +25,13 @@ from torch.func import functional_call
 
 from ..identity import fingerprints
 from ..identity.parts import Identity, of_callable, of_model
-from ..kernels.graph import uses, uses_of
+from ..kernels.graph import leaves_reached, uses
 from ..kernels.replace import differentiable, measuring
 from ..kernels.stop_gradients import Stops
 from ..show import bar
-from . import arguments, determinism, finite, optim
+from . import arguments, determinism, examples, finite, optim
+from .dataset_identity import of_dataset
 from .first_step import first_step
-from .items import of_dataset
 from .record import Passed, sums
 from .state import State
 
@@ -104,8 +104,8 @@ class Run:
         arguments.check_arguments(model, loss, seed)
         arguments.check_model(model)
         self.rule, self.group_of = optim.read(optimizer, model)
-        self.data, self.n = arguments.check_data(data)
-        self.batches = arguments.check_batches(batches, self.n)
+        self.data, self.n = examples.check_data(data)
+        self.batches = examples.check_batches(batches, self.n)
         self.hypers = optim.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
         self._adopt(arguments.frozen_copy(model, keep=self.group_of))
@@ -232,9 +232,9 @@ class Run:
         """The examples of step t, on the model's device."""
         indices = self.batches[t]
         if isinstance(self.data, tuple):
-            return arguments.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
-        batch = arguments.collated(self.data, indices.tolist())
-        return tuple(arguments.each(lambda x: x.to(self.device), part) for part in batch)
+            return examples.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
+        batch = examples.collated(self.data, indices.tolist())
+        return tuple(examples.each(lambda x: x.to(self.device), part) for part in batch)
 
     @determinism.in_turn
     def gradient(
@@ -264,7 +264,7 @@ class Run:
             leaves, stops.escapes.open = list(params.values()), False
             grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
             if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
-                used = uses_of(total, leaves)
+                used = leaves_reached(total, leaves)
                 grads = [g if i in used else None for i, g in enumerate(grads)]
             stops.pulling = True
             return total, grads, not (replace and replace.rewritten) and not stops.stopped
@@ -388,7 +388,7 @@ class Run:
     ) -> State:
         """Step from `state` to step `to`, calling `after` with each; at noted steps, note or compare."""
         while state.step < to:
-            with determinism.refusing():
+            with determinism.refusing_nondeterminism():
                 state = self.step(state, weights, passed)
             if passed.notes(state.step):
                 passed.compare(state)

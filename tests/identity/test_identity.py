@@ -21,7 +21,7 @@ from torch import nn
 
 import magic
 from magic.identity import parts
-from magic.training.items import of_dataset
+from magic.training.dataset_identity import of_dataset
 from tests.support import cases
 
 
