@@ -33,8 +33,8 @@ from .store import Disk
 # the modules that bits depend on
 NUMERICS = (
     "kernels/higher_order", "kernels/gelu", "kernels/convolution", "kernels/pooling",
-    "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm", "kernels/rewritten",
-    "kernels/replace", "kernels/stop_gradients",
+    "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
+    "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
     "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",
     "training/optim_adjoint", "training/run", "training/first_step",
     "engine/adjoint", "engine/schedule", "engine/store", "engine/files", "engine/resume", "engine/replay",

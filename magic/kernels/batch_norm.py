@@ -1,4 +1,4 @@
-"""Batch normalisation: the forms of normalisation.py, and the running statistics as part of the graph."""
+"""Batch normalisation, by the formulas that all share; its running statistics are part of the graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .higher_order import batched
-from .normalisation import Normalisation, normalise
+from .normalisation import normalise
+from .normalisation_formulas import Normalisation
 
 aten = torch.ops.aten
 

@@ -104,8 +104,10 @@ def convolution(dimensions: int, plain: Callable) -> Callable:
     def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if isinstance(padding, str) or x.dim() != dimensions + 2:
             return plain(x, weight, bias, stride, padding, dilation, groups)
-        sizes = ([n] * dimensions if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
-        return _Conv.apply(x, weight, bias, Geometry(*sizes, groups))
+        stride, padding, dilation = (
+            [n] * dimensions if isinstance(n, int) else list(n) for n in (stride, padding, dilation)
+        )
+        return _Conv.apply(x, weight, bias, Geometry(stride, padding, dilation, groups))
 
     conv.__name__ = plain.__name__
     return conv

@@ -68,7 +68,8 @@ class Escapes:
         """
         nodes: set = set(graph_nodes([*ends, *self._seen]))
         own = torch.autograd.function.BackwardCFunction
-        names = sorted({node.name() for node in nodes if isinstance(node, own)})
+        # PyTorch's stub of this class leaves out the name that every node has
+        names = sorted({node.name() for node in nodes if isinstance(node, own)})  # type: ignore[attr-defined]
         functions = [FUNCTION + name for name in names if not name.startswith("_")]
         lost = sum(node not in nodes for node in self._stops)
         self._stops, self._seen = [], []

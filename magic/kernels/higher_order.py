@@ -49,7 +49,7 @@ def further(
 ) -> tuple[Tensor | None, ...]:
     """The pull of the cotangents through first(*inputs), with a graph of its own.
 
-    first   inputs -> tensors, by operations that PyTorch can differentiate to any order
+    first   inputs -> a tensor, or tensors and None, by operations that PyTorch differentiates to any order
     returns the product for each input, None for those that need none
 
     The derivative is taken with respect to views of the inputs. It stops at the views, so nothing that the
@@ -60,9 +60,8 @@ def further(
         held = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
         outputs = first(*held)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = [
-            (y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad
-        ]
+        both = zip(outputs, cotangents, strict=True)
+        pairs = [(y, c) for y, c in both if c is not None and y is not None and y.requires_grad]
         into = [x for x in held if x is not None and x.requires_grad]
         if not pairs or not into:
             return (None,) * len(inputs)

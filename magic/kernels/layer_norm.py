@@ -1,4 +1,4 @@
-"""Layer and group normalisation, which average within an example: the forms of normalisation.py for them.
+"""Layer and group normalisation, which average within an example, by the formulas that all share.
 
 Where an operation has a bias but no weight, or no numbers at all, PyTorch's own stands.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .normalisation import Normalisation, laid_out, normalise
+from .normalisation import laid_out, normalise
+from .normalisation_formulas import Normalisation
 
 aten = torch.ops.aten
 

@@ -130,8 +130,10 @@ def check_indices(indices: Iterable[int] | int, n: int) -> Tensor:
     """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
     if isinstance(indices, str):
         raise TypeError(f"examples are named by integer indices, not by {indices!r}")
-    if not isinstance(indices, Iterable) or getattr(indices, "ndim", 1) == 0:
+    if not isinstance(indices, Iterable):
         indices = [int(indices)]
+    elif getattr(indices, "ndim", 1) == 0:  # a tensor or an array that is a single number
+        indices = [int(torch.as_tensor(indices))]
     given = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), device="cpu")
     given = given.cpu().reshape(-1)
     if given.dtype == torch.bool or given.is_floating_point():
