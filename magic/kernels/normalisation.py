@@ -61,12 +61,8 @@ class _Normalise(Function):
                 to_x = to_x - xhat * (s.square() * g_rstd.view(s.shape) / kind.count)
         _, weight_asked, bias_asked = ctx.asked
         to_weight = shaped_like(to_weight, kept.weight) if weight_asked else None
-        return (
-            to_x.view(kept.x.shape),
-            to_weight,
-            shaped_like(to_bias, kept.weight) if bias_asked else None,
-            None,
-        )
+        to_bias = shaped_like(to_bias, kept.weight) if bias_asked else None
+        return to_x.view(kept.x.shape), to_weight, to_bias, None
 
 
 def _kept(ctx) -> Kept:
