@@ -25,7 +25,7 @@ from .engine.replay import Replay, measured_outputs, metagradient, try_measure
 from .identity import fingerprints, parts
 from .points import Points, describe, points_of
 from .show import Table, needs, warn_of_old
-from .training.arguments import check_indices
+from .training.examples import check_indices
 from .training.run import Run
 
 

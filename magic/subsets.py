@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .training.arguments import check_indices
+from .training.examples import check_indices
 
 # Added to a seed. PyTorch's randperm with the seed of `magic.batches` would give the order of the batches,
 # so that row s of `random` were the first examples of epoch s: no random set at all.

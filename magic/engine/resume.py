@@ -32,11 +32,12 @@ from .store import Disk
 
 # the modules that bits depend on
 NUMERICS = (
-    "kernels/orders", "kernels/normalisation", "kernels/replace", "kernels/rewritten",
-    "kernels/stop_gradients", "training/determinism", "training/arguments", "training/state",
-    "training/optim", "training/hypers", "training/sgd", "training/adam", "training/rmsprop",
-    "training/run", "training/gradient",
-    "training/network", "training/first_step",
+    "kernels/higher_order", "kernels/gelu", "kernels/convolution", "kernels/pooling",
+    "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
+    "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
+    "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",
+    "training/hypers", "training/update", "training/sgd", "training/adam", "training/rmsprop",
+    "training/network", "training/gradient", "training/run", "training/first_step",
     "engine/adjoint", "engine/schedule", "engine/store", "engine/files", "engine/resume", "engine/replay",
 )  # fmt: skip
 PACKAGE = Path(__file__).parents[1]

@@ -28,7 +28,9 @@ from torch import Tensor
 from ..kernels.graph import graph_nodes
 from ..kernels.precision import InDouble
 from ..training import determinism, optim
-from ..training.arguments import clean_copy, each
+from ..training.arguments import clean_copy
+from ..training.examples import each
+from ..training.network import Network
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from .adjoint import NotDifferentiable, Traced, measure_vjp, own_functions, pull, refusing
@@ -95,7 +97,7 @@ def _in_double(run: Run, state: State, weights: Tensor, examples: int):
     """
     t = state.step
     shadow = copy.copy(run)
-    shadow._adopt(clean_copy(run._model).double())
+    shadow.network = Network(clean_copy(run.network.module).double())
     shadow.data = each(lambda x: _double(x[:examples]), run.batch(t))
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: _double(b) for name, b in state.buffers.items()}

@@ -2,9 +2,9 @@
 
 Code is read as bytecode, not as source. Bytecode is what runs: it exists for lambdas and for code made by
 exec, and it leaves out comments, docstrings, blank lines, the names of locals, and the line or cell that
-a function stands in. Instructions are read with their constants and names in place of the indices of
-these, since a docstring moves indices. Bytecode differs between versions of Python, so the version has to
-be noted beside it.
+a function stands in. An instruction names its constants and its names by their places in two lists, and
+these places move when a docstring is added. So instructions are read with the constants and names
+themselves. Bytecode differs between versions of Python, so the version has to be noted beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from pathlib import Path
 
 from torch import nn
 
-ABSENT = enum.Enum("Absent", "ABSENT").ABSENT  # a name that is defined nowhere yet
-SIGNATURE = 0x04 | 0x08 | 0x20 | 0x80 | 0x200  # *args, **kwargs, generator, coroutine, async generator
+
+class _Absent(enum.Enum):
+    """What stands for the value of a name that is defined nowhere yet."""
+
+    ABSENT = enum.auto()
+
+
+ABSENT = _Absent.ABSENT
+# Flags of code that belong to its signature: *args, **kwargs, generator, coroutine, async generator.
+SIGNATURE = 0x04 | 0x08 | 0x20 | 0x80 | 0x200
 ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR", "IMPORT_FROM"}
 NOT_GLOBAL = ATTRIBUTES | {"IMPORT_NAME", "STORE_NAME", "DELETE_NAME"}
 SAYS_NOTHING = {"__doc__", "__firstlineno__", "__static_attributes__"}  # of a class: where and what about
@@ -38,6 +46,7 @@ OF_CLASSES = SAYS_NOTHING | {
 }  # fmt: skip
 LIBRARY_FOLDERS = tuple({str(Path(p).resolve()) for k, p in sysconfig.get_paths().items() if "lib" in k})
 OWN = __name__.partition(".")[0]
+READ_LIKE_A_USERS = f"{OWN}.book.models"  # magic's own models are code of the run that trains one
 
 
 # -- what is whose ---------------------------------------------------------------------------------
@@ -45,9 +54,10 @@ OWN = __name__.partition(".")[0]
 
 @functools.cache
 def _library(name: str, file: str | None) -> bool:
+    """Whether the module `name`, which lies in `file`, is a library's."""
     top = name.partition(".")[0]
     if top == OWN:
-        return name != f"{OWN}.models"
+        return name != READ_LIKE_A_USERS
     if top == "__main__":
         return False
     if file is None:
@@ -95,7 +105,7 @@ def is_user_class(x) -> bool:
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code and all code nested in it."""
+    """The code, and all code nested in it, such as that of lambdas."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -103,7 +113,11 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def instructions(code: types.CodeType) -> list[tuple]:
-    """(operation, argument) of each instruction: names and constants themselves, locals by number."""
+    """(operation, argument) of each instruction: names and constants themselves, locals by their numbers.
+
+    A jump is told by the number of the instruction that it leads to. Instructions that do nothing are left
+    out, and so is what stores the docstring or the line of a class.
+    """
     kept = [i for i in dis.get_instructions(code) if i.opname not in ("NOP", "EXTENDED_ARG", "CACHE")]
     silent = set()
     for k, i in enumerate(kept):
@@ -113,7 +127,7 @@ def instructions(code: types.CodeType) -> list[tuple]:
     offsets = [i.offset for i in kept]
     found = []
     for i in kept:
-        if i.opcode in dis.hasconst:  # dis itself does not look up the names of keyword arguments
+        if i.opcode in dis.hasconst and i.arg is not None:  # dis does not look up names of keyword arguments
             found.append((i.opname, code.co_consts[i.arg]))
         elif i.opcode in dis.hasname:
             found.append((i.opname, i.argval))
@@ -126,13 +140,16 @@ def instructions(code: types.CodeType) -> list[tuple]:
 
 def names(code: types.CodeType) -> tuple[list[str], list[str], list[tuple[str, int]]]:
     """The names that code and nested code load as globals, those it takes as attributes, its imports."""
-    loaded, attributes, imported = {}, {}, {}
+    loaded: dict[str, bool] = {}
+    attributes: dict[str, bool] = {}
+    imported: dict[tuple[str, int], bool] = {}
     for part in codes(code):
         read = [i for i in dis.get_instructions(part) if i.opname != "EXTENDED_ARG"]
-        attributes |= dict.fromkeys(c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
+        texts = (c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
+        attributes |= dict.fromkeys(texts, True)  # getattr(x, "name")
         for k, i in enumerate(read):
             if i.opname == "IMPORT_NAME":
-                imported[i.argval, read[k - 2].argval or 0] = True  # what stands before it is its level
+                imported[i.argval, read[k - 2].argval or 0] = True  # two before it, the level is loaded
             if i.opcode in dis.hasname and i.opname in ATTRIBUTES:
                 attributes[i.argval] = True
             elif i.opcode in dis.hasname and i.opname not in NOT_GLOBAL:
@@ -141,7 +158,7 @@ def names(code: types.CodeType) -> tuple[list[str], list[str], list[tuple[str, i
 
 
 def _imported(f: types.FunctionType, name: str, level: int):
-    """The module that an import inside a function finds: what is not imported yet is, if it is a user's."""
+    """The module that an import inside a function finds, or None. A user's module is imported for it."""
     full = f"{'.' * level}{name}"
     try:
         full = importlib.util.resolve_name(full, f.__globals__.get("__package__"))
@@ -177,7 +194,7 @@ def held(f: types.FunctionType) -> Iterator[tuple[str, object]]:
 
 
 def _through(name: str, value, attributes: list[str], seen: list) -> Iterator[tuple[str, object]]:
-    """The value; of a user's module the attributes that are named in the code."""
+    """The value under its name; in the place of a user's module, those of its attributes that are named."""
     if not isinstance(value, types.ModuleType) or of_library(value.__name__):
         yield name, value
     elif not any(value is module for module in seen):
@@ -201,7 +218,10 @@ def defined(cls: type) -> Iterator[tuple[str, object]]:
 
 
 def state(x) -> dict[str, object]:
-    """What an object holds: its attributes and slots; of a module all but parameters, buffers, modules."""
+    """What an object holds in its attributes and slots, by name.
+
+    Of an nn.Module, its parameters, buffers and modules are left out, and what is empty.
+    """
     found = dict(getattr(x, "__dict__", {}))
     for parent in type(x).__mro__:
         slots = vars(parent).get("__slots__", ())
@@ -212,8 +232,8 @@ def state(x) -> dict[str, object]:
         for name in ("_parameters", "_buffers", "_modules", "training"):
             found.pop(name, None)
         for name in ("_flat_weights", "_flat_weight_refs") if isinstance(x, nn.RNNBase) else ():
-            found.pop(name, None)  # its parameters once more, which a functional call exchanges
-        # the keys of hooks are numbered through the whole process
+            found.pop(name, None)  # these are its parameters once more
+        # hooks are kept under numbers that count through the whole process, so the numbers are left out
         found = {k: list(v.values()) if k.endswith("_hooks") and v else v for k, v in found.items()}
         found = {k: v for k, v in found.items() if not (k.startswith("_") and _empty(v))}
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
@@ -232,6 +252,12 @@ def hidden(cls: type) -> bool:
         slots += sum(name not in ("__dict__", "__weakref__") for name in own)
     offsets = (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
     return cls.__basicsize__ > object.__basicsize__ + 8 * (slots + offsets)
+
+
+def pickles_itself(kind: type) -> bool:
+    """Whether a class says itself what of its objects is to be kept."""
+    of_all = ("__reduce__", "__reduce_ex__", "__getstate__")
+    return any(getattr(kind, name) is not getattr(object, name) for name in of_all)
 
 
 def cells(f: types.FunctionType) -> list:

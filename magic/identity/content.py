@@ -1,9 +1,9 @@
-"""The content of any Python value, as one digest: equal in every process, other after an edit that matters.
+"""The content of any Python value, as a digest: equal in every process, different after an edit that counts.
 
 A function's content is its bytecode (see bytecode.py) and what it refers to: closure cells, defaults, the
-globals that it names, and those attributes of user modules that it names; functions among them likewise,
-without end. Things of a library (the standard library, installed packages, magic itself but for its
-models) are known by their name, and the version of their package is noted apart.
+globals that it names, and those attributes of user modules that it names. For functions among these the
+same holds, and so on. Things of a library (the standard library, installed packages, and magic itself
+except for its models) count by their name, and the version of their package is noted apart.
 
 No digest depends on addresses, on the order of sets or on the process. What has no readable content is
 noted in `unknown`, with the reason, and is never taken for a constant.
@@ -19,45 +19,42 @@ import logging
 import sys
 import types
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import fingerprints
-from .bytecode import (
-    ABSENT,
-    OUT_OF_SIGHT,
-    OWN,
-    SIGNATURE,
-    cells,
-    defined,
-    held,
-    hidden,
-    home,
-    instructions,
-    is_user_class,
-    is_user_function,
-    names,
-    of_library,
-    state,
-)
+from . import bytecode, fingerprints
+from .bytecode import ABSENT, OUT_OF_SIGHT, OWN, SIGNATURE, is_user_class, is_user_function, of_library
 
-_busy: list = []  # the runs whose identity is being taken, as a loss may name its own run
-
-
-def _pickles_itself(kind: type) -> bool:
-    """Whether a class says itself what of its objects is to be kept."""
-    of_all = ("__reduce__", "__reduce_ex__", "__getstate__")
-    return any(getattr(kind, name) is not getattr(object, name) for name in of_all)
+_busy: list = []  # the runs whose identity is being taken: a loss may name its own run, which ends there
+PRINTED = (
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo, range, slice
+)  # fmt: skip
+# Of an object whose class is derived from one of these, what it is without what its class adds.
+PLAIN: dict[type, Callable[[Any], object]] = {
+    **{kind: kind for kind in (int, float, complex, str, bytes)},
+    bytearray: bytes,
+    dict: lambda x: [(k, dict.__getitem__(x, k)) for k in x],
+    list: lambda x: list(list.__iter__(x)),
+    tuple: lambda x: list(tuple.__iter__(x)),
+}
 
 
 class Content:
-    """Takes digests; `libraries` are the top packages met, `unknown` the reasons of the last digest."""
+    """Takes digests.
 
-    def __init__(self, libraries: set[str] | None = None):
-        self.libraries = set() if libraries is None else libraries
+    libraries  the top packages of all libraries met so far
+    unknown    why parts of what was read last could not be
+    """
+
+    def __init__(self) -> None:
+        self.libraries: set[str] = set()
         self.unknown: list[str] = []
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._seen: dict[int, tuple[int, object]] = {}  # id -> (its number in the order met, the object)
         self._tensors: dict[int, tuple] = {}
         self._nameless: types.CodeType | None = None
 
@@ -73,11 +70,11 @@ class Content:
         return self._hash.hexdigest()
 
     def call(self, x: Tensor, name: str) -> None:
-        """From now on, this tensor is known by a name, as what it holds is looked after elsewhere."""
+        """From now on, this tensor counts by a name, since what it holds is looked after elsewhere."""
         self._tensors[id(x)] = (f"called {name}", x)
 
     def code(self, code: types.CodeType, named: bool) -> str:
-        """The digest of code alone, without what it refers to; `named`: its arguments' names matter."""
+        """The digest of code without what it refers to; `named` if the names of its arguments count."""
         self._nameless = None if named else code
         try:
             return self.digest(code)
@@ -85,6 +82,7 @@ class Content:
             self._nameless = None
 
     def _say(self, *words) -> None:
+        """Hash these words, each behind its length, so that no two sequences of words hash the same bytes."""
         for word in words:
             raw = word if isinstance(word, bytes) else str(word).encode("utf-8", "surrogatepass")
             self._hash.update(b"%d:" % len(raw))
@@ -105,7 +103,7 @@ class Content:
         self._say("unknown", why)
 
     def _unordered(self, items) -> None:
-        """Each item's digest apart, sorted: the order of a set differs from process to process."""
+        """Hash the sorted digests of the items, as the order of a set differs from process to process."""
         outer, seen, digests = self._hash, self._seen, []
         for item in items:
             self._hash, self._seen = hashlib.blake2b(digest_size=16), dict(seen)
@@ -120,7 +118,7 @@ class Content:
             self._say(kind.__name__, x if kind is bytes else repr(x))
         elif x is ABSENT:
             self._say("absent")
-        elif kind is tuple:  # tuples are in no cycle by themselves, and equal ones may be one object
+        elif kind is tuple:  # before what was seen: whether equal tuples are one object is up to Python
             self._many("tuple", x)
         elif kind in (set, frozenset):
             self._unordered(x)
@@ -128,22 +126,12 @@ class Content:
             self._tensor(x)
         elif kind is types.CodeType:
             self._code(x)
-        elif isinstance(
-            x,
-            torch.dtype
-            | torch.device
-            | torch.layout
-            | torch.memory_format
-            | torch.finfo
-            | torch.iinfo
-            | range
-            | slice,
-        ):
+        elif isinstance(x, PRINTED):
             self._say(kind.__name__, repr(x))
         elif id(x) in self._seen:
             self._say("again", self._seen[id(x)][0])
         else:
-            self._seen[id(x)] = (len(self._seen), x)  # x itself, so that its id stays its own
+            self._seen[id(x)] = (len(self._seen), x)  # x itself, so that no other object is given its id
             self._object(x, kind)
 
     def _object(self, x, kind: type) -> None:
@@ -203,27 +191,27 @@ class Content:
         if x.dtype.hasobject:
             return self._many("array", [str(x.dtype), x.shape, x.tolist()])
         self._say("array", x.dtype.str if not x.dtype.names else x.dtype.descr, x.shape)
-        self._hash.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        self._hash.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
     def _code(self, x: types.CodeType) -> None:
         counts = (x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount, x.co_flags & SIGNATURE)
-        count = x.co_argcount + x.co_kwonlyargcount  # callers may name arguments
+        count = x.co_argcount + x.co_kwonlyargcount  # the arguments stand first among the variables
         named = () if x is self._nameless else x.co_varnames[:count]
         self._say("code", counts, named, x.co_exceptiontable)
-        self._many("instructions", instructions(x))
+        self._many("instructions", bytecode.instructions(x))
 
     def _function(self, f: types.FunctionType) -> None:
         if is_user_function(f):
-            self._many("function", [f.__code__, [(name, value) for name, value in held(f)]])
+            self._many("function", [f.__code__, [(name, value) for name, value in bytecode.held(f)]])
             self.note_reach(f)
             return
-        self._named("function", home(f), f.__code__.co_qualname)
-        # one that a library made around the user's (torch.func.vmap, a decorator) holds that in its cells
-        self._many("cells", [vars(f).get("_torchdynamo_orig_callable"), *cells(f)])
+        self._named("function", bytecode.home(f), f.__code__.co_qualname)
+        # a library may have made it around a user's function, as torch.func.vmap does: that is in its cells
+        self._many("cells", [vars(f).get("_torchdynamo_orig_callable"), *bytecode.cells(f)])
 
     def note_reach(self, f: types.FunctionType) -> None:
-        """Note the use of eval and the like, by which a function reaches what its code does not name."""
-        for name in sorted(OUT_OF_SIGHT.intersection(names(f.__code__)[0]) - f.__globals__.keys()):
+        """Note as unknown that a function calls eval or the like, which reach what its code does not name."""
+        for name in sorted(OUT_OF_SIGHT.intersection(bytecode.names(f.__code__)[0]) - f.__globals__.keys()):
             self.unknown.append(f"it calls {name}(), and what that reaches is not written in the code")
 
     def _builtin(self, x) -> None:
@@ -246,7 +234,7 @@ class Content:
             return self._named("class", x.__module__, x.__qualname__)
         library = [(c.__module__, c.__qualname__) for c in x.__mro__ if not is_user_class(c)]
         self.libraries |= {module.partition(".")[0] for module, _ in library}
-        self._many("class", [library, list(defined(x))])
+        self._many("class", [library, list(bytecode.defined(x))])
         file = getattr(sys.modules.get(x.__module__), "__file__", None) or ""
         if file.endswith((".so", ".pyd")):
             self._cannot(f"{x.__qualname__} is of a C extension")
@@ -268,28 +256,24 @@ class Content:
             else None
         ):
             return self._many("cached", [wrapped])
-        read = state(x)
+        read = bytecode.state(x)
         if isinstance(x, nn.Module):
             tensors = [x._parameters, x._buffers, x._modules, x.training]
             return self._many("nn.Module", [*(dict(t) if isinstance(t, dict) else t for t in tensors), read])
-        for base in (int, float, complex, str, bytes, bytearray):
+        for base, plain in PLAIN.items():
             if isinstance(x, base):
-                return self._many(base.__name__, [bytes(x) if base is bytearray else base(x), read])
-        for base, content in ((dict, dict), (list, list), (tuple, tuple)):
-            if isinstance(x, base):
-                plain = [(k, dict.__getitem__(x, k)) for k in x] if base is dict else list(base.__iter__(x))
-                return self._many(content.__name__, [plain, read])
+                return self._many(base.__name__, [plain(x), read])
         if isinstance(x, set | frozenset):
             self._unordered(x)
             return self._put(read)
-        if not is_user_class(kind) and _pickles_itself(kind):
-            return self._reduced(x, kind)  # without its caches, such as a path's own hash
-        if hidden(kind) or not (read or is_user_class(kind)):
+        if not is_user_class(kind) and bytecode.pickles_itself(kind):
+            return self._reduced(x, kind)  # which leaves out its caches, such as the hash that a path keeps
+        if bytecode.hidden(kind) or not (read or is_user_class(kind)):
             self._reduced(x, kind)
         self._put(read)
 
     def _reduced(self, x, kind: type) -> None:
-        """What pickle would write, of an object without attributes in Python (a deque, a generator)."""
+        """Hash what pickle would write of an object that has no attributes in Python, such as a deque."""
         try:
             special = copyreg.dispatch_table.get(kind)
             reduced = special(x) if special else x.__reduce_ex__(4)

@@ -13,7 +13,7 @@ def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
     """A digest (BLAKE2b, 64 bits) of each tensor's dtype, shape and bytes."""
     digests = {}
     for name, tensor in tensors.items():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         h = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
         h.update(raw)
         digests[name] = h.hexdigest()
@@ -23,7 +23,7 @@ def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
 def fingerprint(thing) -> str:
     """16 hex digits (BLAKE2b) of every bit of a State, module, tensor or dict of tensors.
 
-    Equal for equal bits; different for different ones, but for a chance of 2⁻⁶⁴.
+    They are equal for equal bits, and different for different ones but for a chance of 2⁻⁶⁴.
     """
     if isinstance(thing, Tensor):
         thing = {"": thing}
@@ -36,7 +36,7 @@ def fingerprint(thing) -> str:
 
 
 def _values(state: dict) -> dict[str, Tensor]:
-    """The tensors of a state_dict; of other extra state (get_extra_state) the text, as bytes."""
+    """The tensors of a state_dict. What a module adds by get_extra_state counts by its text, as bytes."""
     return {
         name: x if isinstance(x, Tensor) else torch.from_numpy(np.array(list(repr(x).encode()), np.uint8))
         for name, x in state.items()

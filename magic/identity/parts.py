@@ -1,9 +1,9 @@
 """What a thing is: the code of a loss, a measure or a model and all that it holds, part by part.
 
-Scores, banks and folders outlive the cell that made them. An edit in a notebook must not be answered
-from them, so they keep the identity of what they were made from: a digest of every part, by a name that
-a reader understands, so that a refusal can say which part has changed. How code and values are read is
-told in bytecode.py and content.py.
+Scores, banks and folders outlive the cell that made them. After an edit in a notebook they must not answer
+for the edited code. So they keep the identity of what they were made from: a digest of every part, under a
+name that a reader understands, so that a refusal can say which part has changed. How code and values are
+read is told in bytecode.py and content.py.
 
 A part of which something cannot be known (a C extension, an open file, a function that calls eval) is in
 `unknown`, with the reason; it counts as changed until the reader vouches for it with `trust`.
@@ -23,14 +23,13 @@ from . import fingerprints
 from .bytecode import cells, defined, held, home, is_user_class, is_user_function, state, version
 from .content import Content
 
-UNKNOWN = "unknown:"  # before the digest of a part that is not known whole
+UNKNOWN = "unknown:"  # stands before the digest of a part of which something cannot be known
 CODE, VERSIONS = "the code of ", "the versions of "
-CHUNK = 1024  # items of a Dataset that are hashed together
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Digests (16 hex digits) of the parts of a thing, by name, and why a part cannot be known whole."""
+    """Digests (16 hex digits) of the parts of a thing, by name, and why some cannot be known whole."""
 
     parts: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
@@ -43,8 +42,11 @@ class _Parts:
     """Takes a thing apart: a part for each function, and one for each value that a function names."""
 
     def __init__(self, role: str):
-        self.role, self.parts, self.unknown = role, {}, {}
-        self._content, self._met = Content(), {}
+        self.role = role  # "loss", "measure" or "model"
+        self.parts: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}
+        self._content = Content()
+        self._met: dict[int, tuple[str, object]] = {}  # id -> (label, what was taken apart under it)
 
     def identity(self) -> Identity:
         libraries = [(top, version(top)) for top in sorted({*self._content.libraries, "builtins"})]
@@ -52,6 +54,7 @@ class _Parts:
         return Identity(self.parts, self.unknown)
 
     def _note(self, name: str, digest: str, unknown: list[str]) -> None:
+        """Add a part, of which these things are unknown."""
         if name in self.parts:  # two things under one name
             digest = fingerprints.digest(self.parts[name] + digest)
         if unknown or name in self.unknown:
@@ -109,7 +112,8 @@ class _Parts:
         self._content.unknown = []
         self._content.note_reach(f)
         unknown += self._content.unknown
-        own, libraries = [], []
+        own: list[tuple[str, object]] = []
+        libraries: list[tuple[str, object]] = []
         for name, value in held(f):
             (libraries if _named_only(value) else own).append((name, value))
         digest = fingerprints.digest(digest + self._content.digest(libraries))
@@ -137,7 +141,7 @@ class _Parts:
             self.add(name, value)
 
     def _object(self, label: str, x) -> None:
-        """An object whose class is code: the class, and each thing that the object holds."""
+        """An object of a user's class: the class, and each thing that the object holds."""
         plain = is_user_class(type(x)) and not isinstance(x, nn.Module) and type(x).__base__ is object
         if isinstance(x, type) or not plain or not hasattr(x, "__dict__"):
             return self.hold(self._in(label, "self"), x)
@@ -169,7 +173,7 @@ class _Parts:
 
 
 def _named_only(x) -> bool:
-    """Whether x is a module, class or function of a library, which belongs to the code that names it."""
+    """Whether x is a module, class or function of a library, and so only a name in the code that uses it."""
     kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
     whole = not getattr(x, "__closure__", None) if isinstance(x, types.FunctionType) else True
     return isinstance(x, kinds) and whole and not is_user_function(x) and not is_user_class(x)
@@ -193,7 +197,7 @@ def of_model(model: nn.Module, role: str = "model") -> Identity:
 
 
 def changed(here: Identity | dict, there: dict, trust: bool | Iterable[str] = False) -> list[str]:
-    """The names of the parts that differ, or cannot be known, less those that the reader trusts.
+    """The names of the parts that differ or cannot be known, without those that the reader trusts.
 
     trust  False; True for all parts that are code or cannot be known, but never for data, states,
            optimizer or batches; or the names of parts

@@ -1,10 +1,13 @@
-"""Activation checkpointing, torch.utils.checkpoint, in a step that is differentiated.
+"""Activation checkpointing (torch.utils.checkpoint) in a step that is differentiated.
 
-A checkpointed block forgets its activations and computes them again in the backward pass. Training may
-do that. The adjoint goes through a step's graph more than once, and with other operations inside, where
-PyTorch's checkpoints fail: they hand out what they have computed again only once. So while a step is
-recorded, nothing is forgotten: a block is called as it stands, which gives the same numbers. With
-use_reentrant=True a block hides its graph from torch.autograd.grad altogether, and is refused.
+These checkpoints are the user's, inside one step. The engine's, which keep states of the whole training,
+are another thing (`magic.engine.schedule`).
+
+A checkpointed block forgets its activations and computes them again in the backward pass. Training may do
+that. The adjoint goes through a step's graph more than once, and PyTorch's checkpoints fail there, since
+they hand out what they have computed again only once. So while a step is recorded, nothing is forgotten: a
+block is called like any other function, which gives the same numbers. With use_reentrant=True a block
+hides its graph from torch.autograd.grad altogether, and is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from torch.utils import checkpoint as library
 _FORGETTING = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 _ORIGINAL = {name: getattr(library, name) for name in _FORGETTING if hasattr(library, name)}
 _REENTRANT = library.CheckpointFunction
-_lock, _depth = threading.Lock(), [0, 0]  # how many blocks of `keeping` and `refusing` are open
+_lock = threading.Lock()
+_depth = {"keeping": 0, "refusing": 0}  # how many `with` blocks are open that ask for each
 
 
 def _nothing(*args, **kwargs):
-    """What goes around a block that is called as it stands."""
+    """What PyTorch is to run before and after a block that is called like any other function."""
     yield
 
 
@@ -35,24 +39,28 @@ class _Refused:
         )
 
 
-def _settle() -> None:
-    for name, original in _ORIGINAL.items():
-        setattr(library, name, _nothing if _depth[0] else original)
-    library.CheckpointFunction = _Refused if _depth[1] else _REENTRANT
+def _patch() -> None:
+    """Put into PyTorch's module what the open blocks ask for, or PyTorch's own."""
+    now = {name: _nothing if _depth["keeping"] else original for name, original in _ORIGINAL.items()}
+    now["CheckpointFunction"] = _Refused if _depth["refusing"] else _REENTRANT
+    for name, x in now.items():
+        setattr(library, name, x)
 
 
 @contextlib.contextmanager
-def refusing(keeping: bool = False) -> Iterator[None]:
-    """Inside, checkpoint(..., use_reentrant=True) raises ValueError; with `keeping`, the other kind
-    forgets nothing."""
+def refusing_reentrant(keeping: bool = False) -> Iterator[None]:
+    """Inside, checkpoint(..., use_reentrant=True) raises ValueError.
+
+    keeping  the other kind, use_reentrant=False, forgets nothing
+    """
     with _lock:
-        _depth[0] += keeping
-        _depth[1] += 1
-        _settle()
+        _depth["keeping"] += keeping
+        _depth["refusing"] += 1
+        _patch()
     try:
         yield
     finally:
         with _lock:
-            _depth[0] -= keeping
-            _depth[1] -= 1
-            _settle()
+            _depth["keeping"] -= keeping
+            _depth["refusing"] -= 1
+            _patch()

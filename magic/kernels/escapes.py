@@ -1,8 +1,8 @@
-"""Ways on which a number may leave the graph of a step, so that its derivative misses them.
+"""Ways in which a number may escape from the graph of a step, so that the step's derivative misses it.
 
-None is wrong by itself: a loss may print a number. But what left may come back, as a factor or through
-NumPy, and then the derivative of the step lacks a part. So each is noted, and a step that has one is
-compared with finite differences (`magic.engine.witness`). Noted are
+None is wrong by itself: a loss may print a number. But a number that has left the graph may come back, as a
+factor or through NumPy, and then the derivative of the step lacks a part. So each way is noted, and a
+step in which one was taken is compared with finite differences (`magic.engine.witness`). Noted are
 
 - operations that make floating-point numbers without a graph out of tensors that have one;
 - stopped tensors that lead nowhere: nothing of the step was made of them, as far as its graph shows;
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from .graph import graph_nodes
 
 FUNCTION = "the autograd Function "  # a reason that is checked once for each Function
-# They take from a tensor only its shape and its type.
+# These take from a tensor its shape and type only, so nothing escapes by them.
 OF_ITS_SHAPE = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "expand_as",
@@ -33,19 +33,21 @@ class Escapes:
     def __init__(self, open: bool = True):
         self.reasons: dict[str, bool] = {}
         self.open = open
-        self._stops, self._seen = [], []
+        self._stops: list = []  # the graph's nodes at stopped tensors
+        self._seen: list = []  # its nodes at tensors of which masks or indices were made
 
     def note(self, func: Callable) -> None:
+        """A number may have escaped by this function."""
         self.reasons[getattr(func, "__name__", str(func))] = True
 
     def stopped(self, x: Tensor) -> Tensor:
-        """x, which was stopped here."""
+        """x, which has just been stopped, and is looked for in the graph of the step afterwards."""
         if self.open:
             self._stops.append(x.grad_fn)
         return x
 
     def after(self, func: Callable, args: tuple, kwargs: dict, out):
-        """The output of an operation, noted if the graph ends there."""
+        """The output of an operation, which is noted if the graph ends there."""
         with torch._C.DisableTorchFunction():
             if not self.open or (isinstance(out, Tensor) and out.requires_grad):
                 return out
@@ -59,18 +61,20 @@ class Escapes:
             return out
 
     def found(self, ends: Iterable[Tensor]) -> tuple[str, ...]:
-        """The reasons to look at a step whose loss and buffers are `ends`. Asked once.
+        """The reasons to compare a step, whose loss and buffers are `ends`, with differences. Asked once.
 
-        The nodes are let go here: some of the graph's nodes lead back to this object, and a circle that
-        goes through autograd is never freed.
+        Invariant: after this call, no node is held here. Some of the graph's nodes hold this object (see
+        `_Stop`), and a circle that goes through autograd is never freed.
         """
-        own, nodes = torch.autograd.function.BackwardCFunction, set(graph_nodes([*ends, *self._seen]))
-        names = sorted({node.name() for node in nodes if isinstance(node, own)})
+        nodes: set = set(graph_nodes([*ends, *self._seen]))
+        own = torch.autograd.function.BackwardCFunction
+        # PyTorch's stub of this class leaves out the name that every node has
+        names = sorted({node.name() for node in nodes if isinstance(node, own)})  # type: ignore[attr-defined]
         functions = [FUNCTION + name for name in names if not name.startswith("_")]
         lost = sum(node not in nodes for node in self._stops)
         self._stops, self._seen = [], []
         if not lost:
             return (*self.reasons, *functions)
-        # A Function's forward runs under no_grad, so it has some in every step: asked anew if their number
-        # changes.
+        # Whatever a user's Function computes runs under no_grad, so some are lost in every step. With the
+        # Function's name in front of the count, this reason is checked again only where the count changes.
         return (*self.reasons, f"{FUNCTION * bool(functions)}{lost} × detach", *functions)

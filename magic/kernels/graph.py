@@ -1,4 +1,4 @@
-"""Walks through autograd's graphs."""
+"""Walks through autograd's graphs, from what was computed back to what it was computed from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def graph_nodes(ends: Iterable) -> list:
 
 
 def uses(output: Tensor, outside: dict[str, Tensor]) -> str | None:
-    """The name of a parameter in `outside` that the graph of `output` leads to, if any."""
+    """The name of a parameter in `outside` that `output` was computed from, if there is one."""
     for node in graph_nodes([output]):
         variable = getattr(node, "variable", None)
         for name, p in outside.items():
@@ -28,10 +28,14 @@ def uses(output: Tensor, outside: dict[str, Tensor]) -> str | None:
     return None
 
 
-def uses_of(total: Tensor, leaves: list[Tensor]) -> set[int]:
-    """The positions of the leaves that a backward pass from `total` reaches without passing a stop."""
+def leaves_reached(total: Tensor, leaves: list[Tensor]) -> set[int]:
+    """The positions of the leaves that a backward pass from `total` reaches without passing a stop.
+
+    A stop is what stop_gradients.py puts in the place of `detach`. A plain loop has no gradient beyond it.
+    """
     position = {id(leaf): i for i, leaf in enumerate(leaves)}
-    reached, seen, todo = set(), set(), [total.grad_fn]
+    reached: set[int] = set()
+    seen, todo = set(), [total.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen or node.name() == "_StopBackward":

@@ -2,9 +2,9 @@
 
 A finite difference in float32 is right to two digits, and to none where a loss is nearly 0. In float64 it
 is right to nine. The function that is differentiated is the same up to rounding, so a check in float64
-speaks for the run in float32. Two things stand in the way: tensors in float32 that the user's code holds,
-such as test data, which PyTorch multiplies by no float64 weight; and casts in the middle of a model.
-Models of language normalise and rotate in float32 whatever precision they are in.
+speaks for the run in float32. Two things stand in the way. The user's code may hold tensors in float32,
+such as test data, and PyTorch refuses to multiply these by float64 weights. And a model may cast in its
+middle: language models normalise and rotate in float32 whatever precision they are in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Operations whose second derivative is wrong or missing in PyTorch, written out in others.
+"""Operations whose second derivative is wrong or missing in PyTorch, written out in other operations.
 
-A sweep over PyTorch's own operator database found them (test_operations.py): single pulls against
-finite differences, batched pulls against single ones. What cannot be written out is refused by name.
+They were found by going through PyTorch's own database of operators (test_operations.py), where single
+pulls are compared with finite differences, and pulls of many cotangents at once with single ones. What
+cannot be written out is refused by name.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Ten
     """torch.cdist written out: ‖a − b‖_p for each row a of x1 and b of x2.
 
     In PyTorch 2.15 its second derivative is wrong by up to 145 % where vmap batches it, without an error.
-    Where a difference is 0, its derivatives are, as PyTorch has it. The differences are all held:
-    P × R × M numbers.
+    Where a difference is 0, its derivatives are 0, as PyTorch has it. All differences are held at once:
+    with P and R rows of M numbers, these are P × R × M.
     """
     size = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).abs()
     if p == 0:
@@ -43,13 +44,17 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Ten
 
 
 def _safely(x: Tensor, f: Callable) -> Tensor:
-    """f(x), but 0 with derivatives 0 where x is 0; where() alone would multiply them with infinity."""
+    """f(x), but 0, with derivatives 0, where x is 0.
+
+    There f may have an infinite slope, as the root has. To choose 0 with where() after f would multiply that
+    slope by 0, which is NaN, so x is exchanged before f, too.
+    """
     nought = x == 0
     return f(x.masked_fill(nought, 1.0)).masked_fill(nought, 0.0)
 
 
 def native_layer_norm(x, normalized_shape, weight, bias, eps):
-    """torch.native_layer_norm written out, (y, mean, rstd); PyTorch's fails without a weight."""
+    """torch.native_layer_norm written out; returns (y, mean, rstd). PyTorch's fails without a weight."""
     axes = list(range(x.dim() - len(normalized_shape), x.dim()))
     mean = x.mean(axes, keepdim=True)
     rstd = ((x - mean).square().mean(axes, keepdim=True) + eps).rsqrt()
@@ -59,14 +64,19 @@ def native_layer_norm(x, normalized_shape, weight, bias, eps):
 
 
 def linear_cross_entropy(*args, options=None, **kwargs):
-    """F.linear_cross_entropy without chunks; those compute the gradient ahead, and have no second one."""
+    """F.linear_cross_entropy, not in chunks: with these, PyTorch computes the gradient in the forward pass,
+    and it cannot be differentiated."""
     return F.linear_cross_entropy(*args, **kwargs)
 
 
 def without_cudnn(f: Callable) -> Callable:
+    """f, computed without cuDNN, whose recurrent layers have no second derivative."""
+
     def call(*args, **kwargs):
         before = torch.backends.cudnn.enabled
-        torch.backends.cudnn.enabled = False  # cudnn.flags() would read a TF32 switch that `fix` has split
+        torch.backends.cudnn.enabled = (
+            False  # not by cudnn.flags(), which fails where TF32 is set as `fix` does
+        )
         try:
             return f(*args, **kwargs)
         finally:
@@ -76,7 +86,7 @@ def without_cudnn(f: Callable) -> Callable:
 
 
 def max_unpool(plain: Callable, dimensions: int) -> Callable:
-    """F.max_unpool, unless two maxima go to one place: there even PyTorch's first derivative is wrong."""
+    """F.max_unpool, refused where two numbers go to one place: PyTorch's first derivative is wrong there."""
 
     def unpool(x, indices, *args, **kwargs):
         places = indices.flatten(-dimensions).sort(-1).values
@@ -91,6 +101,8 @@ def max_unpool(plain: Callable, dimensions: int) -> Callable:
 
 
 def refused(name: str, instead: str) -> Callable:
+    """What raises an error in the place of an operation without a right derivative."""
+
     def call(*args, **kwargs):
         raise RuntimeError(f"{name} has a wrong derivative in PyTorch; use {instead}")
 
@@ -105,7 +117,7 @@ REWRITTEN: dict[Callable, Callable] = {
 }
 if hasattr(F, "linear_cross_entropy"):  # new in PyTorch
     REWRITTEN[F.linear_cross_entropy] = linear_cross_entropy
-# Refused, where what is given has no right derivative.
+# These are refused, always or for arguments with which their derivative is wrong.
 REFUSED: dict[Callable, Callable] = {
     f: max_unpool(f, i) for i, f in enumerate((F.max_unpool1d, F.max_unpool2d, F.max_unpool3d), start=1)
 }

@@ -7,9 +7,10 @@ autograd, having cut x off for good, leaves out:
 
     dg/dθ = ∂g/∂θ + ∂g/∂x · dx/dθ
 
-`_Stop` is the identity. While g is taken it hands nothing back, as `detach` does; while g is pulled
-back, it hands its cotangent on. In a measure nothing is cut at all: retraining moves what is measured
-along every path, whether autograd is shown it or not.
+`_Stop` is the identity, put in the place of `detach` and of its like. While the gradient g is taken it hands
+nothing back, as `detach` does. While g is pulled back, it hands its cotangent on, and so adds the second
+term. In a measure nothing is cut at all: retraining moves what is measured along every path, whether
+autograd is shown that path or not.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .escapes import Escapes
-from .orders import batched
+from .higher_order import batched
 
 DETACH = {torch.Tensor.detach, torch.detach}
-DATA = torch.Tensor.data.__get__  # a new object at each access: compared by ==
-REQUIRES = torch.Tensor.requires_grad.__get__
+# What a mode is shown where .data or .requires_grad is read. It is a new object each time: compare it by ==.
+# PyTorch's stubs describe these attributes of a tensor, not those of its class.
+DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+REQUIRES = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 IN_PLACE = {torch.Tensor.detach_, torch.detach_}
-# What leaves PyTorch: the number that comes out has no graph, whatever becomes of it.
+# What turns tensors into things of Python or NumPy: what comes out has no graph, whatever becomes of it.
 OUT = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__,
     torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__complex__,
 }  # fmt: skip
-# What may be written through to a buffer. The name of a property, such as x.T, is __get__.
+# What makes views; who writes into a view of a buffer writes into the buffer. The name of a property, such as
+# x.T, is __get__.
 VIEWS = {
     "__getitem__", "__get__", "view", "view_as", "reshape", "flatten", "unflatten", "narrow", "select", "t",
     "transpose", "movedim", "swapaxes", "permute", "squeeze", "unsqueeze", "expand", "expand_as", "diagonal",
@@ -57,10 +61,13 @@ class _Stop(torch.autograd.Function):
 
 
 def _copying(storages: set[int]) -> saved_tensors_hooks:
-    """Where a graph keeps a tensor in one of these storages, it keeps a copy.
+    """Inside, where a graph saves a tensor that lies in one of these storages, it saves a copy.
 
-    The graph puts the history back when it takes a tensor out. Were it packed with the history, an output
-    of an operation would hold the operation that holds it, and neither would ever be freed.
+    Invariant: what is packed has no graph of its own, which is why it is detached. Suppose an operation saves
+    its own output, as exp does. Packed with its graph, the output would hold the operation's node, which
+    holds what was packed, and this circle, which goes through autograd, would never be freed. Nothing is
+    lost by it: a node knows where its inputs and outputs stand in the graph, and gives what it unpacks
+    its place there again.
     """
 
     def pack(x: Tensor) -> Tensor:
@@ -73,25 +80,27 @@ def _copying(storages: set[int]) -> saved_tensors_hooks:
 class Stops(TorchFunctionMode):
     """Inside `with Stops(...)`, what autograd would cut off stays in the graph.
 
-    cuts      a loss: `detach` and its like stop the gradient until `pulling` is set. Otherwise, in a
-              measure, they do nothing
+    cuts      True for a loss: `detach` and its like stop the gradient until `pulling` is set. False for a
+              measure, where they do nothing
     buffers   the tensors in the place of the model's buffers, which may be written under `no_grad`
     pulling   whether the gradient has been taken and is being pulled back
     stopped   whether anything was cut off
-    inner     how many gradients the loss or the measure is taking itself just now
-    escapes   ways on which a number that depends on the parameters may have left the graph
+    taking    how many gradients the loss or the measure is taking itself just now
+    escapes   ways in which a number that depends on the parameters may have left the graph
     """
 
     def __init__(self, cuts: bool, buffers=()):
         super().__init__()
-        self.cuts, self.pulling, self.stopped, self.inner = cuts, False, False, 0
+        self.cuts, self.pulling, self.stopped, self.taking = cuts, False, False, 0
         self.escapes = Escapes(open=cuts)
         self._written = {b.untyped_storage()._cdata for b in buffers}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if batched() and (func in DETACH or func == DATA or not torch.is_grad_enabled()):
-            self.escapes.note(func)  # inside torch.func's transforms, which take their own way
+            self.escapes.note(
+                func
+            )  # inside torch.func's transforms, where `_Stop` has no rule (see `batched`)
             return func(*args, **kwargs)
         if func in DETACH:
             return self._stop(args[0] if args else kwargs["input"])
@@ -126,7 +135,11 @@ class Stops(TorchFunctionMode):
         return self.escapes.after(func, args, kwargs, func(*args, **kwargs))
 
     def _reads_a_buffer(self, arguments) -> bool:
-        """Whether a graph may keep a buffer that training would not keep, and may write later."""
+        """Whether a graph may save a buffer here that a plain loop's graph would not save.
+
+        Such a buffer may be written later, and autograd refuses to go through a graph whose saved tensors
+        have been written. So a copy is saved.
+        """
         tensors = (x for x in tree_iter(arguments) if isinstance(x, Tensor))
         shown = not torch.is_grad_enabled()
         return any((shown or x.requires_grad) and self._is_buffer(x) for x in tensors)
@@ -136,7 +149,9 @@ class Stops(TorchFunctionMode):
 
     def _stop(self, x: Tensor, share: bool = False) -> Tensor:
         """x, with nothing flowing back through it while the gradient is taken."""
-        if not x.requires_grad:  # what is written into it is written into x
+        if (
+            not x.requires_grad
+        ):  # with `share`, as of .data, what is written into the result is written into x
             return x.view_as(x) if share else x.detach()
         with torch.enable_grad():
             if not self.cuts:
@@ -145,11 +160,12 @@ class Stops(TorchFunctionMode):
             return self.escapes.stopped(_Stop.apply(x, self))
 
     def _under_no_grad(self, func, *args, **kwargs):
-        """The operation with its graph, which begins at stopped inputs."""
+        """An operation that the user has put under no_grad, with a graph that begins at stopped inputs."""
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if func == REQUIRES or not any(x.requires_grad or self._is_buffer(x) for x in tensors):
+            # a view may be written into later, and then it needs to know of what it is a view
             with torch.enable_grad() if _name(func) in VIEWS else contextlib.nullcontext():
-                return func(*args, **kwargs)  # a view may be written into
+                return func(*args, **kwargs)
         out = kwargs.pop("out", None) if "out" in kwargs else None
         if self.cuts and writes(func) and args[0].requires_grad and not self._is_buffer(args[0]):
             raise RuntimeError(
@@ -170,11 +186,15 @@ class Stops(TorchFunctionMode):
             return result if out is None else out.copy_(result)
 
     def _hook(self, hook):
-        """A tensor's hook, which belongs to the gradient: it is not called where that is pulled back, nor
-        where a measure is, except for gradients that the measure itself takes."""
+        """A hook that the loss or the measure has registered on a tensor.
+
+        It belongs to the gradient that a plain loop takes. So it is called while that is taken, but not
+        where it is pulled back. A measure is only pulled back, so its hooks are called for nothing but
+        the gradients that the measure takes itself.
+        """
 
         def called(g: Tensor):
-            if self.pulling or not (self.cuts or self.inner):
+            if self.pulling or not (self.cuts or self.taking):
                 return None
             with self:
                 return hook(g)
@@ -182,19 +202,22 @@ class Stops(TorchFunctionMode):
         return called
 
     def _grad(self, func, args, kwargs):
-        """torch.autograd.grad with a graph, whether it was asked for or not."""
+        """torch.autograd.grad, which records a graph whether the user has asked for it or not.
+
+        If not, a plain loop holds the gradients fixed, so they are stopped.
+        """
         asked = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
         args, kwargs = args[:4], dict(zip(("create_graph",), args[4:5], strict=False)) | kwargs
-        self.inner += 1
+        self.taking += 1
         try:
             with torch.enable_grad():
                 found = func(*args, **kwargs | {"create_graph": True})
         finally:
-            self.inner -= 1
+            self.taking -= 1
         return found if asked else tuple(g if g is None else self._stop(g) for g in found)
 
     def _gumbel(self, func, logits, tau=1, hard=False, eps=1e-10, dim=-1):
-        """F.gumbel_softmax; the hard form is straight-through, y_hard − sg(y) + y."""
+        """F.gumbel_softmax, whose hard form is straight-through: y_hard − stop(y) + y."""
         soft = func(logits, tau=tau, hard=False, eps=eps, dim=dim)
         if not hard:
             return soft

@@ -1,12 +1,14 @@
-"""What a Run refuses, and how it says so: what is wrong, where, and the way out."""
+"""What a Run refuses of models, losses and measures: what is wrong, where, and the way out.
+
+What it refuses of data and batches is in examples.py.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
@@ -28,38 +30,13 @@ def check_arguments(model, loss, seed) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise TypeError or ValueError for a model whose training cannot be differentiated exactly."""
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod"):
-            raise TypeError(
-                f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
-                "pass the original module (compiled._orig_mod)"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"module {name!r} is scripted: TorchScript rounds differently once it has optimised "
-                "a function, and what it detaches cannot be seen; pass the module before torch.jit.script"
-            )
-        _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
-        _check_old_style(name, module)
+        _check_module(name, module)
     _check_hooks(
         "for every module there are", modules._global_backward_hooks, modules._global_backward_pre_hooks
     )
-    dtypes = {}
+    dtypes: dict[torch.dtype, str] = {}
     for name, p in model.named_parameters():
-        _check_values(f"parameter {name!r}", p)
-        if not p.is_floating_point() or p.is_complex():
-            raise TypeError(f"parameter {name!r} is {p.dtype}; magic differentiates float32 and float64")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
-                "derivative of such a run is invalid; use model.float() or model.double()"
-            )
-        if p.requires_grad and p.clone().stride() != p.stride():
-            raise ValueError(
-                f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of "
-                "its own, p.data = p.data.clone()"
-            )
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
-            raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
+        _check_parameter(name, p)
         if p.requires_grad:
             dtypes.setdefault(p.dtype, name)
     if len(dtypes) > 1:
@@ -70,8 +47,43 @@ def check_model(model: nn.Module) -> None:
     _check_shared(model)
 
 
+def _check_module(name: str, module: nn.Module) -> None:
+    """Raise for a module whose backward pass is hidden, or cannot be differentiated."""
+    if hasattr(module, "_orig_mod"):
+        raise TypeError(
+            f"module {name!r} is compiled, and torch.compile's backward cannot be differentiated again; "
+            "pass the original module (compiled._orig_mod)"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"module {name!r} is scripted: TorchScript rounds differently once it has optimised "
+            "a function, and what it detaches cannot be seen; pass the module before torch.jit.script"
+        )
+    _check_hooks(f"module {name!r} has", module._backward_hooks, module._backward_pre_hooks)
+    _check_old_style(name, module)
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    """Raise for a parameter that cannot be differentiated, or that a plain loop would step in another way."""
+    _check_values(f"parameter {name!r}", p)
+    if not p.is_floating_point() or p.is_complex():
+        raise TypeError(f"parameter {name!r} is {p.dtype}; magic differentiates float32 and float64")
+    if p.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
+            "derivative of such a run is invalid; use model.float() or model.double()"
+        )
+    if p.requires_grad and p.clone().stride() != p.stride():
+        raise ValueError(
+            f"parameter {name!r} is a view that skips or repeats numbers in memory; give it memory of "
+            "its own, p.data = p.data.clone()"
+        )
+    if p._backward_hooks or p._post_accumulate_grad_hooks:
+        raise ValueError(f"parameter {name!r} has gradient hooks, which magic does not run; remove them")
+
+
 def _check_hooks(where: str, *hooks: dict) -> None:
-    """Raise for hooks on a module's backward pass, which would be called for derivatives of it, too."""
+    """Raise for hooks on a module's backward pass: the adjoint would call them for other derivatives, too."""
     if any(hooks):
         raise ValueError(
             f"{where} backward hooks, which magic does not run; remove them. To scale a gradient by a, write "
@@ -80,7 +92,11 @@ def _check_hooks(where: str, *hooks: dict) -> None:
 
 
 def _check_old_style(name: str, module: nn.Module) -> None:
-    """Raise for hooks that write a plain tensor where a parameter was: they remember, and are not copied."""
+    """Raise for hooks that put a plain tensor in the place of a parameter.
+
+    The tensor is made anew in each forward pass and kept in an attribute, so the model remembers its last
+    pass, and cannot be copied.
+    """
     ways = {
         "weight_norm": "torch.nn.utils.parametrizations.weight_norm",
         "spectral_norm": "torch.nn.utils.parametrizations.spectral_norm",
@@ -113,13 +129,13 @@ def _check_values(what: str, x: Tensor) -> None:
 def _check_shared(model: nn.Module) -> None:
     """Raise ValueError for a trained parameter that lies in the memory of another parameter or buffer.
 
-    Training changes both in a plain loop, and only one of them in a Run, which holds them apart.
+    A plain loop changes both when it steps one. A Run holds them apart, and would change only one.
     """
     places: dict[int, list[tuple[int, int, str, bool]]] = {}
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if x.numel() and x.layout == torch.strided:
-            length = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            start = x.storage_offset() * x.element_size()
+            length = 1 + sum((int(n) - 1) * int(by) for n, by in zip(x.shape, x.stride(), strict=True))
+            start = int(x.storage_offset()) * x.element_size()
             span = (start, start + length * x.element_size(), name, x.requires_grad)
             places.setdefault(x.untyped_storage().data_ptr(), []).append(span)
     for spans in places.values():
@@ -147,10 +163,11 @@ def frozen_copy(model: nn.Module, keep) -> nn.Module:
 
 
 def clean_copy(model: nn.Module, memo: dict | None = None) -> nn.Module:
-    """A deep copy without the graphs of what the modules keep from a forward pass, as self.h = h does.
+    """A deep copy of a model, also where its modules keep a tensor of their last forward pass (self.h = h).
 
-    Such a tensor has the same values in the copy and no history there: it is a value of the pass before,
-    which a step must not read (`first_step` tries that). `memo` names what is shared, as for deepcopy.
+    Such a tensor has a graph, with which PyTorch refuses to copy it. The copy holds its values without the
+    graph. No step may read them, and `first_step` finds out if one does. `memo` holds what the two models are
+    to share, as for copy.deepcopy.
     """
     memo = dict(memo or {})
     for module in model.modules():
@@ -161,92 +178,12 @@ def clean_copy(model: nn.Module, memo: dict | None = None) -> nn.Module:
 
 
 def _tensors(values, depth: int = 4) -> Iterator[Tensor]:
-    """The tensors in containers within containers."""
+    """The tensors among these values, and in containers of them, which are opened `depth` levels deep."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (list, tuple, deque, set, dict)) and depth:
             yield from _tensors(x.values() if isinstance(x, dict) else x, depth - 1)
-
-
-def check_data(data) -> tuple:
-    """(data, n): a tuple of tensors, or the Dataset as it is, and the number of examples."""
-    if isinstance(data, (Tensor, np.ndarray)):
-        data = (data,)
-    if isinstance(data, dict):
-        raise TypeError("data is a dict; pass its tensors as a tuple, in the order that loss takes them")
-    if isinstance(data, (tuple, list)):
-        if len(data) == 0:
-            raise ValueError("data is empty")
-        data = [_from_numpy(x, i) if isinstance(x, np.ndarray) else x for i, x in enumerate(data)]
-        for i, x in enumerate(data):
-            if not isinstance(x, Tensor) or x.dim() == 0:
-                raise TypeError(
-                    f"data[{i}] is a {type(x).__name__}; each must be a tensor or a NumPy array with the n "
-                    "examples first (torch.as_tensor makes one)"
-                )
-        lengths = [len(x) for x in data]
-        if len(set(lengths)) != 1:
-            raise ValueError(f"data must be tensors of one length n; these have lengths {lengths}")
-        return tuple(x.clone() if x.is_inference() else x.detach() for x in data), lengths[0]
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return data, len(data)
-    raise TypeError(
-        f"data is a {type(data).__name__}; pass a tuple of tensors or a Dataset with len() and [i] "
-        "(not a DataLoader: which examples form a batch is said by `batches`)"
-    )
-
-
-def _from_numpy(x: np.ndarray, i: int) -> Tensor:
-    try:
-        return torch.tensor(x, device="cpu")
-    except TypeError as error:
-        raise TypeError(
-            f"data[{i}] is a NumPy array of {x.dtype}, which has no tensor; turn it into numbers first"
-        ) from error
-
-
-def each(f: Callable[[Tensor], Tensor], batch):
-    """f of every tensor of a batch that may be tuples, lists and dicts within each other."""
-    if isinstance(batch, Tensor):
-        return f(batch)
-    if isinstance(batch, dict):
-        return {key: each(f, x) for key, x in batch.items()}
-    made = [each(f, x) for x in batch]
-    return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
-
-
-def collated(data, indices: list[int]) -> tuple:
-    """The items of a Dataset as one batch, by torch's default_collate: a tuple of what loss takes.
-
-    A tuple or list gives an argument for each entry; anything else, a dict among it, is one argument.
-    """
-    items = [data[i] for i in indices]
-    try:
-        batch = torch.utils.data.default_collate(items)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise TypeError(
-            f"examples {indices[:5]} of the Dataset cannot be put together: {error}. Each item must have the "
-            "same keys and tensors of the same shapes: pad them, or turn them into numbers, in the Dataset"
-        ) from error
-    _check_tensors(batch, indices, "item")
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-
-
-def _check_tensors(batch, indices: list[int], where: str) -> None:
-    if isinstance(batch, Tensor):
-        return
-    if isinstance(batch, dict):
-        parts = [(f"[{key!r}]", x) for key, x in batch.items()]
-    elif isinstance(batch, (tuple, list)) and not any(isinstance(x, (str, bytes)) for x in batch):
-        parts = [(f"[{i}]", x) for i, x in enumerate(batch)]
-    else:
-        raise TypeError(
-            f"{where} of the Dataset, in example {indices[0]}, is text or an object, not numbers; turn it "
-            "into a tensor in the Dataset, such as token ids"
-        )
-    for name, x in parts:
-        _check_tensors(x, indices, where + name)
 
 
 def check_mode(device: torch.device) -> None:
@@ -278,44 +215,13 @@ def check_unwritten(params: dict[str, Tensor], versions: list[int], t: int) -> N
 
 
 def check_moved(name: str, after: Tensor) -> Tensor:
-    """The buffer that a step has changed; TypeError if it is complex, for its derivative would be lost."""
+    """`after`, a buffer that a step has changed; TypeError if it is complex: its derivative would be lost."""
     if after.is_complex():
         raise TypeError(
             f"buffer {name!r} is {after.dtype} and changes in training; keep its real and imaginary parts in "
             "two real buffers (torch.view_as_real)"
         )
     return after
-
-
-def check_batches(batches, n: int) -> list[Tensor]:
-    """The batches as T int64 tensors of indices into n examples."""
-    try:
-        given = [b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu") for b in batches]
-        checked = [b.clone() for b in given]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"batches is a {type(batches).__name__}; pass a (T, B) index tensor, such as magic.batches "
-            "makes, or a sequence of index tensors"
-        ) from error
-    if not checked:
-        raise ValueError("batches is empty: a run has at least one step")
-    for t, indices in enumerate(checked):
-        if (
-            indices.dim() != 1
-            or len(indices) == 0
-            or indices.is_floating_point()
-            or indices.dtype == torch.bool
-        ):
-            raise ValueError(
-                f"batches[{t}] has shape {tuple(indices.shape)} and type {indices.dtype}; "
-                "each batch is a non-empty 1-d tensor of example indices"
-            )
-        low, high = indices.min().item(), indices.max().item()
-        if low < 0 or high >= n:
-            raise IndexError(
-                f"batches[{t}] asks for example {low if low < 0 else high}; data has 0 … {n - 1}"
-            )
-    return [indices.to(torch.int64) for indices in checked]
 
 
 def check_losses(losses, count: int, t: int) -> None:
@@ -350,25 +256,3 @@ def check_outputs(out) -> None:
         raise TypeError(
             f"measure returned {out.dtype}; measure real numbers (torch.view_as_real(z).reshape(-1))"
         )
-
-
-def check_indices(indices: Iterable[int], n: int) -> Tensor:
-    """Training-example indices as a 1-d int64 tensor on the CPU; each in 0 … n−1, none twice."""
-    if isinstance(indices, str):
-        raise TypeError(f"examples are named by integer indices, not by {indices!r}")
-    if not isinstance(indices, Iterable) or getattr(indices, "ndim", 1) == 0:
-        indices = [int(indices)]
-    given = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), device="cpu")
-    given = given.cpu().reshape(-1)
-    if given.dtype == torch.bool or given.is_floating_point():
-        if len(given):
-            raise TypeError(f"examples are named by integer indices; these are {given.dtype}")
-        given = given.to(torch.int64)
-    outside = given[(given < 0) | (given >= n)]
-    if len(outside):
-        raise IndexError(f"example {outside[0].item()} does not exist; the data has 0 … {n - 1}")
-    values, counts = given.unique(return_counts=True)
-    if len(values) != len(given):
-        twice = values[counts > 1][0].item()
-        raise ValueError(f"example {twice} is named twice; it can be removed only once")
-    return given.to(torch.int64)

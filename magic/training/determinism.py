@@ -2,7 +2,7 @@
 
 A run is a function of its data weights only if running it twice gives the same bits. Three things
 stand in the way: random numbers, operations whose result depends on the order in which threads
-finish, and kernels chosen by timing. `fix` removes them and says what it did; `fingerprint` turns
+finish, and kernels chosen by timing. `fix` removes all three and says what it did; `fingerprint` turns
 "the same bits" into a string that can be printed and compared.
 
 Importing this module sets the environment variable CUBLAS_WORKSPACE_CONFIG to ":4096:8" unless it is
@@ -31,7 +31,9 @@ __all__ = ["NotDeterministic", "Settings", "alone", "fingerprint", "fix", "numer
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-TURN = threading.RLock()  # who holds it owns the process's random numbers and settings, and a run's module
+# Only the thread that holds this lock draws the process's random numbers, changes its settings, or puts
+# tensors into a run's module. The thread that holds it may take it again.
+TURN = threading.RLock()
 
 
 class NotDeterministic(RuntimeError):
@@ -51,7 +53,9 @@ class Settings:
         }
         self._undo = contextlib.ExitStack()
 
-    def _set(self, name: str, read, write, value) -> None:
+    def _set(self, name: str, access: tuple[Callable, Callable], value) -> None:
+        """Set what is read and written by `access`, and note what it was before."""
+        read, write = access
         before = read()
         self.changed[name] = (before, value)
         if before != value:
@@ -75,7 +79,8 @@ class Settings:
         return "\n".join(rows)
 
 
-def _attribute(owner, name: str):
+def _attribute(owner, name: str) -> tuple[Callable, Callable]:
+    """How an attribute is read, and how it is written."""
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
@@ -105,17 +110,17 @@ def fix(seed: int | None = None) -> Settings:
 
 @contextlib.contextmanager
 def alone(seed: int | None = None) -> Iterator[Settings]:
-    """`fix` for the length of a `with`, in which no other thread trains or differentiates: it waits.
+    """`fix` for the length of a `with`, while all other threads that train or differentiate wait.
 
-    Random numbers and settings belong to the process, so trainings in two threads would mix theirs. Threads
-    that draw torch's random numbers without magic cannot be held off.
+    Random numbers and settings belong to the process, so trainings in two threads would mix theirs. A thread
+    that draws torch's random numbers without magic cannot be made to wait.
     """
     with TURN, fix(seed) as settings:
         yield settings
 
 
 def in_turn(f: Callable) -> Callable:
-    """f, which waits while another thread trains or differentiates."""
+    """f, made to wait while another thread trains or differentiates."""
 
     @functools.wraps(f)
     def waiting(*args, **kwargs):
@@ -126,6 +131,7 @@ def in_turn(f: Callable) -> Callable:
 
 
 def _fix(settings: Settings) -> None:
+    """Set everything, and note in `settings` how to undo it."""
     settings._undo.callback(torch.set_rng_state, torch.get_rng_state())
     if torch.cuda.is_available():
         settings._undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
@@ -133,23 +139,21 @@ def _fix(settings: Settings) -> None:
     settings._undo.callback(random.setstate, random.getstate())
     # Filling fresh memory with NaN is a debugging aid that costs time and changes no result.
     memory = torch.utils.deterministic
-    settings._set("fill_uninitialized_memory", *_attribute(memory, "fill_uninitialized_memory"), False)
-    settings._set(
-        "deterministic_algorithms",
-        torch.get_deterministic_debug_mode,  # 0: off, 1: warns, 2: raises
-        torch.set_deterministic_debug_mode,
-        2,
-    )
-    cudnn, matmul, cpu = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
-    settings._set("cudnn.deterministic", *_attribute(cudnn, "deterministic"), True)
-    settings._set("cudnn.benchmark", *_attribute(cudnn, "benchmark"), False)
-    # In eval mode, attention layers take a fused path where no gradient is recorded, unless a mode listens.
-    mha = torch.backends.mha
-    settings._set("mha.fastpath", mha.get_fastpath_enabled, mha.set_fastpath_enabled, False)
-    # torch.set_float32_matmul_precision("medium") sets these, too: on the CPU those of oneDNN.
-    gpu = {"cuda.matmul": matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
-    for name, owner in {**gpu, **{f"mkldnn.{k}": getattr(cpu, k) for k in ("matmul", "conv", "rnn")}}.items():
-        settings._set(f"{name}.fp32_precision", *_attribute(owner, "fp32_precision"), "ieee")
+    settings._set("fill_uninitialized_memory", _attribute(memory, "fill_uninitialized_memory"), False)
+    modes = torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
+    settings._set("deterministic_algorithms", modes, 2)  # 0: off, 1: warns, 2: raises
+    cudnn, mha = torch.backends.cudnn, torch.backends.mha
+    settings._set("cudnn.deterministic", _attribute(cudnn, "deterministic"), True)
+    settings._set("cudnn.benchmark", _attribute(cudnn, "benchmark"), False)
+    # Where no gradient is recorded, attention layers in eval mode take a fused path, but not inside a
+    # TorchFunctionMode such as the adjoint's. Without that path they compute the same in both.
+    settings._set("mha.fastpath", (mha.get_fastpath_enabled, mha.set_fastpath_enabled), False)
+    # torch.set_float32_matmul_precision("medium") changes these, too; on the CPU they are oneDNN's.
+    owners = {"cuda.matmul": torch.backends.cuda.matmul}
+    for library, kinds in (("cudnn", ("conv", "rnn")), ("mkldnn", ("matmul", "conv", "rnn"))):
+        owners |= {f"{library}.{kind}": getattr(getattr(torch.backends, library), kind) for kind in kinds}
+    for name, owner in owners.items():
+        settings._set(f"{name}.fp32_precision", _attribute(owner, "fp32_precision"), "ieee")
 
 
 def numerics() -> dict[str, object]:
@@ -169,18 +173,19 @@ def seed_step(seed: int, t: int) -> None:
     the step can be replayed without remembering a generator's state. A plain loop that calls
     `seed_step(seed, t)` at the top of step t draws the same numbers as `magic.Run(..., seed=seed)`.
     """
-    # A round after splitmix64: neighbouring (seed, t) give unrelated generators.
+    # (seed, t) is made one number, which is mixed by the first and the last of the three steps of splitmix64
+    # (Steele et al. 2014), so that neighbouring (seed, t) give unrelated generators.
     z = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z ^= z >> 31
-    # torch.manual_seed would do, but formats a stack trace on each call while CUDA is unused.
+    # torch.manual_seed would do the same, but it formats a stack trace in each call while CUDA is unused.
     torch.default_generator.manual_seed(z)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(z)
 
 
 @contextlib.contextmanager
-def refusing():
+def refusing_nondeterminism() -> Iterator[None]:
     """Turn PyTorch's refusal of an operation that has no deterministic form into NotDeterministic."""
     try:
         yield

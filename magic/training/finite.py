@@ -1,11 +1,13 @@
-"""A run that stops being finite, or what it was: at which step, in which tensor, and what to do about it."""
+"""What stops a run: a number that is not finite, or a frozen parameter that has changed.
+
+The messages say at which step, in which tensor, and what to do about it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .record import sums
 from .state import State
 
 
@@ -14,8 +16,10 @@ class NonFinite(ArithmeticError):
 
 
 def not_finite(state: State, initial: State) -> list[str]:
-    """The tensors of a state that hold NaN or infinity. A buffer may keep one that it began with, as an
-    attention mask keeps its −∞."""
+    """The names of the tensors of a state that hold NaN or infinity.
+
+    A buffer may keep one that it began with, as an attention mask keeps its −∞.
+    """
     found = []
     for name, x in state.flatten().items():
         fine = x.isfinite()
@@ -28,16 +32,15 @@ def not_finite(state: State, initial: State) -> list[str]:
 
 
 def checked(final: State, run) -> State:
-    """The last state of a run, if all its tensors are finite, and what is frozen is what it was."""
+    """The last state of a run; raises if a tensor in it is not finite, or a frozen parameter has changed."""
     if where := not_finite(final, run.initial):
         t = final.step
         raise NonFinite(f"step {t}: {where[0]!r} is not finite; lower the learning rate or warm it up")
-    for name, total in sums(run._frozen).items():
-        if total != run._frozen_sums[name]:
-            raise ValueError(
-                f"the loss wrote into {name!r}, a frozen parameter, in place, and the run is not what it "
-                "was: keep in a registered buffer what moves, or write into a copy, and make a new Run"
-            )
+    if name := run.network.changed():
+        raise ValueError(
+            f"the loss wrote into {name!r}, a frozen parameter, in place, and the run is not what it "
+            "was: keep in a registered buffer what moves, or write into a copy, and make a new Run"
+        )
     return final
 
 
@@ -52,7 +55,7 @@ def why(run, state: State, weight: Tensor, total: Tensor) -> NonFinite:
         largest = max(x.abs().max().item() for x in state.params.values() if x.numel())
         with torch.no_grad():
             batch = run.batch(state.step)
-            losses, _ = run.apply(lambda model: run.loss(model, *batch), state.params, state.buffers)
+            losses, _ = run.network.apply(lambda model: run.loss(model, *batch), state.params, state.buffers)
         examples = run.batches[state.step][(~losses.isfinite()).cpu()].tolist()
         cause = (
             f"a per-example loss is NaN or infinite (examples {examples[:5]}) while every parameter is "

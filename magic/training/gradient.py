@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.graph import uses_of
+from ..kernels.graph import leaves_reached
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
 from . import arguments, determinism
@@ -59,7 +59,7 @@ def gradient(
         leaves, stops.escapes.open = list(params.values()), False
         grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
         if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
-            used = uses_of(total, leaves)
+            used = leaves_reached(total, leaves)
             grads = [g if i in used else None for i, g in enumerate(grads)]
         stops.pulling = True
         return total, grads, not (replace and replace.rewritten) and not stops.stopped

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import memory
+from . import hidden_state
 
 
 class Frozen(dict):
@@ -75,7 +75,7 @@ def _check_scheduler(scheduler, optimizer: torch.optim.Optimizer) -> None:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for one in [scheduler, *getattr(scheduler, "_schedulers", [])]:
         for function in getattr(one, "lr_lambdas", []):
-            for name, value in memory.captured(function):
+            for name, value in hidden_state.captured(function):
                 tensors = value.parameters() if isinstance(value, nn.Module) else [value]
                 if any(id(x) in trained for x in tensors):
                     raise ValueError(

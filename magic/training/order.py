@@ -9,8 +9,8 @@ from torch import Tensor
 def batches(n: int, size: int, epochs: int, seed: int = 0) -> Tensor:
     """The order of training: a (T, B) tensor of indices into n examples, T = epochs · (n // size).
 
-    Each epoch is a fresh permutation; the n % size examples left over at its end are skipped, others
-    in each epoch, so that every batch has the same size. The order depends on `seed` alone.
+    Each epoch is a new permutation. The n % size examples left over at its end are skipped, so that every
+    batch has the same size; in each epoch they are others. The order depends on `seed` alone.
     """
     if not 1 <= size <= n:
         raise ValueError(f"size={size}: a batch holds between 1 and n={n} examples")

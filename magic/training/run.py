@@ -25,10 +25,10 @@ from ..identity.parts import Identity, of_callable, of_model
 from ..kernels.graph import uses
 from ..kernels.replace import measuring
 from ..show import bar
-from . import arguments, determinism, finite, hypers, optim
+from . import arguments, determinism, examples, finite, hypers, optim
+from .dataset_identity import of_dataset
 from .first_step import first_step
 from .gradient import Gradient, gradient, total
-from .items import of_dataset
 from .network import Network
 from .record import Passed
 from .state import State
@@ -72,8 +72,8 @@ class Run:
         arguments.check_arguments(model, loss, seed)
         arguments.check_model(model)
         self.rule, self.group_of = optim.read(optimizer, model)
-        self.data, self.n = arguments.check_data(data)
-        self.batches = arguments.check_batches(batches, self.n)
+        self.data, self.n = examples.check_data(data)
+        self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
         self.network = Network(arguments.frozen_copy(model, keep=self.group_of))
@@ -195,9 +195,9 @@ class Run:
         """The examples of step t, on the model's device."""
         indices = self.batches[t]
         if isinstance(self.data, tuple):
-            return arguments.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
-        batch = arguments.collated(self.data, indices.tolist())
-        return tuple(arguments.each(lambda x: x.to(self.device), part) for part in batch)
+            return examples.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
+        batch = examples.collated(self.data, indices.tolist())
+        return tuple(examples.each(lambda x: x.to(self.device), part) for part in batch)
 
     @determinism.in_turn
     def gradient(
@@ -233,15 +233,6 @@ class Run:
                 f"measure uses {name!r} of the model outside; it must use the model that it is given"
             )
         return out
-
-    # until nothing asks for these any more
-    _model = property(lambda self: self.network.module)
-    _frozen = property(lambda self: self.network.frozen)
-    _frozen_sums = property(lambda self: self.network._sums)
-    apply = property(lambda self: self.network.apply)
-
-    def _adopt(self, model: nn.Module) -> None:
-        self.network = Network(model)
 
     def moved(self, state: State) -> list[str]:
         """The floating-point buffers that training has written by now; the others are constants so far."""
@@ -302,7 +293,7 @@ class Run:
     ) -> State:
         """Step from `state` to step `to`, calling `after` with each; at noted steps, note or compare."""
         while state.step < to:
-            with determinism.refusing():
+            with determinism.refusing_nondeterminism():
                 state = self.step(state, weights, passed)
             if passed.notes(state.step):
                 passed.compare(state)

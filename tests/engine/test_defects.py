@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import magic
 from magic import schedule
-from magic.training import arguments, memory, optim
+from magic.training import arguments, examples, hidden_state, optim
 from magic.training.adam import underflowing
 
 N, B = 12, 4
@@ -387,7 +387,7 @@ def test_what_is_held_is_found_through_functions():
     def helper():
         return inner
 
-    assert any("inner" in name for name in memory.held(lambda model: helper()))
+    assert any("inner" in name for name in hidden_state.held(lambda model: helper()))
 
 
 # --- optimizers and schedulers
@@ -544,7 +544,7 @@ def test_datasets_that_make_no_batch():
 def test_an_index_given_twice_takes_no_square_of_memory():
     indices = torch.arange(300_000) % 299_999  # m × m would be 90 GB
     with pytest.raises(ValueError, match="example 0 is named twice"):
-        arguments.check_indices(indices, 300_000)
+        examples.check_indices(indices, 300_000)
 
 
 # --- packages that are not installed

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
+from magic.book import models
 from magic.identity import parts
-from magic.training.items import of_dataset
+from magic.training.dataset_identity import of_dataset
 from tests.support import cases
 
 
@@ -330,6 +331,15 @@ def test_an_edited_model(old, new, part):
     assert parts.of_model(cell(MODEL, "Net")()) == before and before.unknown == {}
     names = parts.changed(parts.of_model(cell(MODEL.replace(old, new), "Net")()), before.parts)
     assert part in names
+
+
+def test_an_edit_of_a_model_of_the_book(monkeypatch):
+    """The models that come with magic are code of the run that trains one, unlike the rest of magic."""
+    before = parts.of_model(models.ConvNet())
+    assert before == parts.of_model(models.ConvNet()) and before.unknown == {}
+    monkeypatch.setattr(models.ConvNet, "forward", lambda self, x: self.head(self.features(x)) + 1)
+    names = parts.changed(parts.of_model(models.ConvNet()), before.parts)
+    assert "the code of the model: ConvNet.forward" in names
 
 
 def test_what_cannot_be_known_is_said():

@@ -75,7 +75,7 @@ def test_either_way_of_asking_for_tf32_is_overridden_and_restored():
 
 def test_cublas_without_its_workspace_says_what_to_do():
     says = "import magic before the first matrix product"
-    with pytest.raises(magic.NotDeterministic, match=says), magic.determinism.refusing():
+    with pytest.raises(magic.NotDeterministic, match=says), magic.determinism.refusing_nondeterminism():
         raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8")
 
 
@@ -113,5 +113,5 @@ def test_a_changed_thread_count_is_not_mixed_in():
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="plain"), magic.determinism.refusing():
+    with pytest.raises(RuntimeError, match="plain"), magic.determinism.refusing_nondeterminism():
         raise RuntimeError("plain")

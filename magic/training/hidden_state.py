@@ -1,7 +1,8 @@
-"""What a model or a function remembers outside its arguments, so that a change of it can be seen.
+"""What a model or a function may remember outside its arguments, so that a change of it can be seen.
 
-A step must not remember the ones before it. What could remember are the attributes of the modules, and
-what the loss holds: the cells of its closure, the globals that it names, its defaults.
+A step must not depend on the steps before it except through the state. Two things could carry more from
+step to step: the attributes of the modules, and what the loss holds, which is what its closure, the globals
+that it names and its defaults hold. `first_step` looks at both before and after a step.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MOST = 1000  # entries of a container that are looked at; of a larger one only the length
-DEEP = 4  # containers within containers
+MOST = 1000  # a container of more entries than this is known by its length only
+DEEP = 4  # and so is one that lies within this many containers
 
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 def plain(value, depth: int = DEEP) -> object:
-    """Numbers, strings, generators, and containers of these, as a value that can be compared; else None."""
+    """Numbers, texts, random generators and containers of these, as a value that can be compared later.
+
+    None for anything else. A generator counts by its state, so that a number drawn from it is a change.
+    """
     if isinstance(value, (int, float, complex, str, bytes)):
-        return value if value == value else "nan"
+        return value if value == value else "nan"  # NaN differs from itself
     if isinstance(value, random.Random):
         return ("random", hash(value.getstate()))
     if isinstance(value, np.random.Generator):
@@ -36,20 +40,21 @@ def plain(value, depth: int = DEEP) -> object:
     if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
         if len(value) > MOST or depth == 0:
             return (type(value).__name__, len(value))
+        items: list[object]
         if isinstance(value, dict):
             items = [(plain(k, depth - 1), plain(v, depth - 1)) for k, v in value.items()]
         elif isinstance(value, (set, frozenset)):
-            items = sorted(repr(plain(v, depth - 1)) for v in value)
+            items = list(sorted(repr(plain(v, depth - 1)) for v in value))
         else:
             items = [plain(v, depth - 1) for v in value]
         return (type(value).__name__, len(value), tuple(items))
     if type(value).__module__ == "itertools":
-        return repr(value)  # a count shows where it is
+        return repr(value)  # that of itertools.count shows the next number
     return None
 
 
 def attributes(model: nn.Module) -> dict[str, object]:
-    """What the modules hold in plain attributes, by name, as far as `plain` knows it."""
+    """What the modules hold in attributes of their own, by name, as far as `plain` knows it."""
     return {
         f"attribute {name!r} of module {owner!r}": known
         for owner, module in model.named_modules()
@@ -59,7 +64,7 @@ def attributes(model: nn.Module) -> dict[str, object]:
 
 
 def held(function: Callable) -> dict[str, object]:
-    """What a function holds, by name, as far as `plain` knows it; an object's attributes as well."""
+    """What a function holds, and what objects that it holds do, by name, as far as `plain` knows it."""
     found = {}
     for name, value in captured(function):
         if (known := plain(value)) is not None:
@@ -72,7 +77,7 @@ def held(function: Callable) -> dict[str, object]:
 
 
 def _of_the_user(value) -> bool:
-    """An object that is no module, tensor, function or class, nor a module of Python."""
+    """Whether this is an object like one of a user's class: no tensor, network, function, class or module."""
     kinds = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
     return not isinstance(value, kinds)
 
@@ -93,6 +98,7 @@ def captured(function: Callable) -> Iterator[tuple[str, object]]:
 
 
 def _read_by(f) -> Iterator[tuple[str, object]]:
+    """(name, value) of what this function, method, partial or callable object reads besides its arguments."""
     if isinstance(f, functools.partial):
         yield from (("partial", x) for x in (f.func, *f.args, *f.keywords.values()))
     elif isinstance(f, types.MethodType):
@@ -100,7 +106,7 @@ def _read_by(f) -> Iterator[tuple[str, object]]:
         yield f.__name__, f.__func__
     elif isinstance(f, types.FunctionType):
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            if cell != types.CellType():  # an empty cell: not assigned yet
+            if cell != types.CellType():  # the cell of a variable without a value is empty
                 yield name, cell.cell_contents
         for code in _codes(f.__code__):
             yield from ((name, f.__globals__[name]) for name in code.co_names if name in f.__globals__)
@@ -114,6 +120,7 @@ def _read_by(f) -> Iterator[tuple[str, object]]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code, and that of the functions defined inside it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

@@ -1,4 +1,4 @@
-"""The identity of a Dataset: a digest of its items."""
+"""The identity of a user's Dataset: a digest of its items, which are read once for it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from ..identity.parts import UNKNOWN, Identity
 from ..show import bar
 from . import determinism
 
-CHUNK = 1024  # items that are hashed together
+CHUNK = 1024  # items that are read and hashed together
 
 
 def of_dataset(dataset, n: int, progress: bool = True) -> Identity:
     """The identity of the n items of a map-style Dataset: tensors, arrays, numbers, texts, or nested ones.
 
-    Every item is read once; what items draw at random is drawn from one fixed seed. A TensorDataset, and
-    a Subset of one, is known by its tensors.
+    Every item is read once. What items draw at random is drawn from one fixed seed here. A TensorDataset, or
+    a Subset of one, is identified by its tensors.
     """
     name = "the items of the data set"
     tensors = _tensors(dataset)
     if tensors is not None:
         return Identity({name: fingerprints.digest(repr([fingerprints.fingerprint(x) for x in tensors]))})
-    whole, content, unknown = hashlib.blake2b(digest_size=8), Content(), []
+    whole, content = hashlib.blake2b(digest_size=8), Content()
+    unknown: list[str] = []  # why an item cannot be read whole
     with determinism.alone(seed=0), bar(n, "data set", progress) as shown:
         for items in _chunks(dataset, n):
             for column in _columns(items):
@@ -40,6 +41,7 @@ def of_dataset(dataset, n: int, progress: bool = True) -> Identity:
 
 
 def _tensors(dataset) -> list[Tensor] | None:
+    """All the data of a Dataset that is nothing but tensors; None for another Dataset."""
     if type(dataset) is torch.utils.data.TensorDataset:
         return list(dataset.tensors)
     if type(dataset) is torch.utils.data.Subset:
@@ -50,6 +52,7 @@ def _tensors(dataset) -> list[Tensor] | None:
 
 
 def _chunks(dataset, n: int) -> Iterator[list]:
+    """The items, some at a time."""
     together = getattr(dataset, "__getitems__", None)
     for first in range(0, n, CHUNK):
         indices = list(range(first, min(first + CHUNK, n)))
@@ -57,7 +60,10 @@ def _chunks(dataset, n: int) -> Iterator[list]:
 
 
 def _columns(items: list) -> Iterator[list]:
-    """The items' fields, each as a list over the items; items of another make each stay whole."""
+    """The items' fields, each as a list over the items, if all items have the same; else the items whole.
+
+    Fields of one kind can be hashed together, which is much quicker than item by item.
+    """
     first = items[0]
     alike = type(first) in (tuple, list) and all(
         type(x) is type(first) and len(x) == len(first) for x in items
@@ -74,6 +80,7 @@ def _columns(items: list) -> Iterator[list]:
 
 
 def _hash(column: list, whole, content: Content, unknown: list[str]) -> None:
+    """Update the digest `whole` by a column, and note in `unknown` why it cannot be read, if it cannot."""
     first = column[0]
     if isinstance(first, Tensor) and all(
         type(x) is type(first) and x.shape == first.shape and x.dtype == first.dtype for x in column
