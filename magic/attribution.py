@@ -22,9 +22,11 @@ from torch import Tensor
 
 from .engine.files import replacing
 from .engine.health import Health, Verification
+from .engine.measuring import measured_outputs, try_measure
 from .engine.planning import Plan
 from .engine.planning import plan as settle
-from .engine.replay import Replay, measured_outputs, metagradient, try_measure
+from .engine.replay import Replay, metagradient
+from .engine.resume import Trusted
 from .identity import fingerprints, parts
 from .points import Where, describe
 from .points import settle as settle_where
@@ -289,7 +291,9 @@ def attribute(
         print(f"{len(where.points)} times: {planned}" if many else planned)
     folders = [disk and Path(disk, f"point {i}") if many else disk for i in range(len(where.points))]
     found = [
-        metagradient(run, measure, weights, planned, progress, folder, trust)
+        metagradient(
+            run, measure, weights, planned, progress, folder if folder is None else Trusted(folder, trust)
+        )
         for weights, folder in zip(where.points, folders, strict=True)
     ]
     worst = max((replay.health for replay in found), key=lambda health: len(health.problems))

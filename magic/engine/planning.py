@@ -24,9 +24,9 @@ import torch
 from ..show import Table
 from ..training.run import Run
 from . import costs, schedule, timeline
-from .adjoint import CHUNK
 from .files import writable
 from .trial import Trial, try_step
+from .vjp import CHUNK
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 CACHE = 40e6  # bytes of traces that targets in flight may work on, on a CPU: about an L3 cache

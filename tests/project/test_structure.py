@@ -21,8 +21,10 @@ ORDER = [
     "training.determinism", "training.memory", "training.arguments", "training.items", "training.order",
     "training.state", "training.record", "training.finite", "training.optim", "training.first_step",
     "training.run", "training.optim_adjoint",
-    "engine.adjoint", "engine.witness", "engine.schedule", "engine.costs", "engine.timeline", "engine.files",
-    "engine.store", "engine.footprint", "engine.trial", "engine.planning", "engine.health", "engine.resume",
+    "engine.refusals", "engine.vjp", "engine.adjoint", "engine.finite_difference", "engine.witness",
+    "engine.measure_witness", "engine.rounding", "engine.schedule", "engine.costs", "engine.timeline",
+    "engine.files", "engine.store", "engine.places", "engine.footprint", "engine.measuring", "engine.trial",
+    "engine.planning", "engine.health", "engine.folder", "engine.resume", "engine.listeners",
     "engine.replay",
     "subsets", "points", "attribution",
     "evidence.retraining", "evidence.bank", "evidence.outputs", "evidence.comparison",
@@ -41,7 +43,8 @@ ONLY = {
     "engine.schedule": [],
     "engine.costs": ["engine.schedule"],
     "engine.timeline": ["engine.schedule"],
-    "engine.store": ["engine.files", "training.state", "training.record"],
+    "engine.store": ["training.state", "training.record"],
+    "engine.places": ["engine.files", "engine.store", "training.state", "training.record"],
 }
 NUMERICS = ["torch", "numpy"]
 MODULE_LINES, FUNCTION_LINES = 400, 60
