@@ -67,7 +67,8 @@ def _ours_or_empty(place: Path) -> None:
     """Raise ValueError for a folder in which others keep something, or whose identity was removed."""
     if os.path.lexists(place / IDENTITY):
         return
-    harmless = (LOCK, ".magic-")  # what is made before the identity: a lock, a file or folder of a trial
+    # What may be there before the identity is written: a lock, and what a trial of the folder leaves.
+    harmless = (LOCK, ".magic-")
     others = sorted(p.name for p in place.iterdir() if not p.name.startswith(harmless))
     if others:
         raise ValueError(
@@ -78,13 +79,14 @@ def _ours_or_empty(place: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
+    """Keep other processes out of this folder; ValueError if one is in it. On Windows, nobody is kept out."""
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:
         yield
         return
     path = place / LOCK
-    try:  # neither emptied nor, through a link, made elsewhere
+    try:  # a file that is there is not emptied, and a link is not followed to make one elsewhere
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OSError(f"{path} cannot be opened as a lock ({error}); give another folder") from error
@@ -125,7 +127,7 @@ def _belongs(place: Path, mine: Identity, trust: bool | Iterable[str]) -> str:
 
 
 def _in_words(names: list[str], here: dict[str, str], there: dict[str, str]) -> str:
-    """How the parts differ that are no digests."""
+    """How those parts differ that are plain words or numbers; the others are digests, which say nothing."""
     words = ("what is computed", *determinism.numerics())
     told = [f"{k} is {here.get(k)!r} here, and there it is {there.get(k)!r}" for k in names if k in words]
     return f" ({'; '.join(told)})" if told else ""

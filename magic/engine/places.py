@@ -17,7 +17,10 @@ from .store import Memory
 
 
 class Host(Memory):
-    """States of a GPU's run, copied into the host's memory, pinned so that the copy is fast."""
+    """States of a GPU's run, copied into the host's memory, which is pinned so that the copy is fast.
+
+    A tensor that was on the CPU before, such as Adam's count of steps, is on the CPU when it is given back.
+    """
 
     name = "host memory"
 
@@ -52,15 +55,16 @@ def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State)
 
 
 def _pinned(x: torch.Tensor) -> torch.Tensor:
-    there = torch.empty_like(x, device="cpu", pin_memory=torch.cuda.is_available())  # its layout, too
+    # A tensor's layout in memory is kept, since it decides how sums are rounded.
+    there = torch.empty_like(x, device="cpu", pin_memory=torch.cuda.is_available())
     return there.copy_(x)
 
 
 class Disk:
     """States in safetensors files of a folder, each whole or not there at all, with its fingerprint.
 
-    `constant` is s_0: of the buffers, those that are still its own are not written again. A file says its
-    step, its kind and whose it is (`owner`), and is refused elsewhere.
+    `constant` is s_0, whose buffers are not written again where training has not written them. A file says
+    of itself its step, its kind and whose it is (`owner`), and is refused in another place.
     """
 
     name = "disk"

@@ -27,8 +27,8 @@ from .folder import identity, opened
 from .places import Disk
 
 CHOICES, PASSED = "choices.json", "passed.json"
-# Seconds between two notes, at least; and 50 times what the last note took, so that notes take no more than
-# a fiftieth of the time however large the state is.
+# Two notes are at least EVERY seconds apart, and SHARE times what the last note took: then notes take no more
+# than a fiftieth of the time, however large the state is.
 EVERY, SHARE = 10.0, 50
 
 
@@ -46,7 +46,7 @@ class Trusted:
 
 @dataclass(eq=False)
 class Progress:
-    """How far a replay is. It changes while the replay goes on.
+    """How far a replay is. It changes while the replay goes on, and a note of it is a copy on the disk.
 
     values, outputs   (K, n) and (K,); None before the first way down has ended
     rows     the targets in work; those before them are done
@@ -120,10 +120,12 @@ class Directory:
     # -- notes ------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
+        """Whether the last note is long enough ago."""
         return time.monotonic() - self._last >= max(EVERY, SHARE * self._took)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
+        """Take the time of a note."""
         start = time.monotonic()
         yield
         self._last = time.monotonic()
@@ -137,7 +139,8 @@ class Directory:
             before = self._training.steps()
             self._training.save(state.step, state)
             self._note_passed(passed)
-            for t in before:  # only now, since the last state counts with its checksums alone
+            # The state noted before goes only now: a final state counts only once its checksums are written.
+            for t in before:
                 if t != state.step:
                     self._training.drop(t)
 
@@ -160,6 +163,7 @@ class Directory:
             self._note_passed(passed)
 
     def _mark(self) -> dict[str, str]:
+        """What a note of a replay says of itself, and must say when it is read."""
         return {"kind": "progress", "run": self._owner}
 
     # -- going on ---------------------------------------------------------------------------------

@@ -15,7 +15,11 @@ from ..training.state import State
 
 
 class Memory:
-    """States kept where they are, on the model's device. A state never changes, so nothing is copied."""
+    """States kept where they are, on the model's device.
+
+    A state never changes, so keeping it copies nothing. Should something write into its tensors all the same,
+    its checksum tells.
+    """
 
     name = "memory"
 
@@ -38,17 +42,23 @@ class Memory:
         del self._states[t]
 
     def keep(self, state: State) -> State:
+        """What is kept of a state: here the state itself."""
         return state
 
     def give_back(self, state: State) -> State:
+        """The state, of what was kept of it."""
         return state
 
 
 class Store:
     """The slots of a schedule, each in one of several places; counts what each place holds at most.
 
-    tier_of   of each slot, its place: an index into `places`; slots are taken lowest first
+    tier_of   the place of each slot, as an index into `places`
     kept      states that the last place, a Disk, holds from the start; they take no slot
+
+    Invariant: a state that is saved takes the lowest slot that is free, and frees it when it is dropped.
+    `schedule.placed` follows the same rule. A plan relies on it: it put the busiest slots nearest by knowing,
+    before the work begins, which state will be in which slot.
     """
 
     def __init__(self, places: Sequence, tier_of: Sequence[int], kept: Iterable[int] = ()):
