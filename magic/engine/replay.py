@@ -71,10 +71,11 @@ class Training:
     def trace_on(self, state: State) -> Traced:
         """A trace that stands for training's step at `state`.
 
-        Invariant: `traced.after` has the bits of run.step(state). The step after it starts from there, so
-        otherwise all later states would be those of another training. Training's own record says whether
-        they are at the steps that it noted. Where the trace makes the first visit, nothing is noted yet,
-        so in the middle of the run and at its end the step is done once more without a graph, and compared.
+        Invariant: `traced.after` has the bits of run.step(state). The next step starts from there, so if it
+        had others, all later states would be those of another training. Wherever training has noted its
+        state, that is compared. But where the trace itself is the first to come by, nothing is noted yet.
+        So in the middle of the run and at its end, a step that is new is done once more without a graph,
+        and the two results are compared.
         """
         run, passed, t = self.run, self.passed, state.step
         traced = self.trace(state, step=True)
@@ -176,6 +177,10 @@ class _Sweeps:
         if folder:
             passed.adopt(*folder.passed())
         self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed)
+        sizes = Sizes(self.run.steps, self.found.sizes)
+        self.listeners: list[Listener] = [self.witness, Scores(self.run, self.found), sizes]
+        if folder:
+            self.listeners.append(Notes(folder, passed, self.found))
         self.peak_states, self.peak_bytes = [0, 0, 0], [0, 0, 0]
 
     def group_from(self, start: int) -> slice:
@@ -188,8 +193,7 @@ class _Sweeps:
         sweeps = -(-(self.plan.targets - found.rows.start) // self.plan.group)
         work = (2 * run.steps + self.plan.extra) * sweeps
         with determinism.alone(), bar(work, "differentiate", progress) as shown:
-            listeners = [self.witness, Scores(run, found), Sizes(run.steps, found.sizes), Bar(shown)]
-            self.listener = Several(listeners + ([Notes(self.folder, passed, found)] if self.folder else []))
+            self.listeners.append(Bar(shown))
             while found.rows.start < self.plan.targets:
                 self.one()
         sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
@@ -198,7 +202,11 @@ class _Sweeps:
         return Replay(found.values, found.outputs, self.plan, seen, *peaks)
 
     def one(self) -> None:
-        """One way down and back, or the rest of one."""
+        """One way down and back, or the rest of one.
+
+        In a folder there may be states of a process that was killed. The schedule then goes on from them and
+        from s_0, which is the run's own. Of a way back that was noted at step t, the first t steps are left.
+        """
         run, found, folder = self.run, self.found, self.folder
         todo = run.steps if found.cotangent is None else found.t
         kept = [0, *(t for t in folder.kept(todo) if t > 0)] if folder else None
@@ -207,7 +215,7 @@ class _Sweeps:
         if kept:
             store.save(0, run.initial)
         actions = self.plan.actions(kept, todo)
-        reverse(self.training, actions, store, self.turn, self.listener, self.plan.chunk)
+        reverse(self.training, actions, store, self.turn, Several(self.listeners), self.plan.chunk)
         self.peak_states = list(map(max, self.peak_states, store.peak_states))
         self.peak_bytes = list(map(max, self.peak_bytes, store.peak_bytes))
         found.rows, found.t, found.cotangent = self.group_from(found.rows.stop), None, None
@@ -224,7 +232,7 @@ class _Sweeps:
         if last.after is not None:
             final = checked(last.after, run)
         else:
-            final = self.training.advance(last.state, T, self.listener.stepped)
+            final = self.training.advance(last.state, T, Several(self.listeners).stepped)
         first = T not in found.witnessed  # the next groups of targets come by the same step and measure
         if first:
             self.witness.ask(last, directions=2)
