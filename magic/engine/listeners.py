@@ -6,8 +6,8 @@ The loop (`magic.engine.replay.reverse`) calls
     pulling(traced, cotangent)            before the cotangent is pulled back through a step
     pulled(traced, cotangent, scores)     after it, with the cotangent before that step and the step's scores
 
-A listener changes neither the states nor the cotangent. It may keep no cotangent without a copy, since the
-next pull is made in place.
+A listener changes neither the states nor the cotangent. A cotangent that it keeps holds its values until the
+next pull only, which is made in place; for longer it needs a copy.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Notes(Listener):
     that was found on the way back.
 
     `found.cotangent` is None while the work is on its way down. After the first pull no state of training is
-    noted any more: what is stepped then lies before the cotangent.
+    noted any more: the steps that are done again then are those of a training that is already finished.
     """
 
     def __init__(self, folder: Directory, passed: Passed, found: Progress):
