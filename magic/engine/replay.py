@@ -170,15 +170,13 @@ class _Sweeps:
     def __init__(self, training: Training, measure: Callable, plan: Plan, folder: Directory | None = None):
         self.training, self.measure, self.plan, self.folder = training, measure, plan, folder
         self.run, passed = training.run, training.passed
-        self.found = folder.progress() if folder else None
-        if self.found is None:
-            self.found = Progress(None, None, self.group_from(0))
+        noted = folder.progress() if folder else None
+        self.found = noted or Progress(None, None, self.group_from(0))
         passed.verified += self.found.verified
         if folder:
             passed.adopt(*folder.passed())
         self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed)
-        sizes = Sizes(self.run.steps, self.found.sizes)
-        self.listeners: list[Listener] = [self.witness, Scores(self.run, self.found), sizes]
+        self.listeners = [self.witness, Scores(self.run, self.found), Sizes(self.run.steps, self.found.sizes)]
         if folder:
             self.listeners.append(Notes(folder, passed, self.found))
         self.peak_states, self.peak_bytes = [0, 0, 0], [0, 0, 0]
