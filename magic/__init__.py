@@ -25,10 +25,10 @@ tell the same at leisure. The others are checks, places and conveniences around 
 from . import _moved, points, subsets
 from .attribution import Attribution, attribute
 from .engine import schedule
-from .engine.adjoint import NotDifferentiable
 from .engine.health import Health, Verification
 from .engine.planning import Plan, plan
-from .engine.replay import train
+from .engine.refusals import NotDifferentiable
+from .engine.resume import train
 from .evidence import baselines, smoothness
 from .evidence.bank import Bank
 from .evidence.comparison import Comparison, compare, lds, leave_one_out

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from . import saved
 from .engine.health import Health, Verification
+from .engine.measuring import measured_outputs, try_measure
 from .engine.planning import Plan, plan_within
-from .engine.replay import Replay, measured_outputs, metagradient, try_measure
+from .engine.replay import Replay, metagradient
+from .engine.resume import Trusted
 from .identity import fingerprints, parts
 from .points import Points, describe, points_of
 from .show import Table, needs, warn_of_old
@@ -242,7 +244,7 @@ def attribute(
         print(f"{len(taken.points)} times: {planned}" if many else planned)
     folders = [disk and Path(disk, f"point {i}") if many else disk for i in range(len(taken.points))]
     found = [
-        metagradient(run, measure, weights, planned, progress=progress, disk=one, trust=trust)
+        metagradient(run, measure, weights, planned, progress, one if one is None else Trusted(one, trust))
         for weights, one in zip(taken.points, folders, strict=True)
     ]
     worst = max((replay.health for replay in found), key=lambda health: len(health.problems))

@@ -8,22 +8,23 @@ optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' 
                                       (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
 
 The second is autograd over the very function that training calls, reverse over reverse: the step is
-traced once (`trace`), and the pull through the trace is batched over targets by `torch.vmap`. Where
-PyTorch has no second derivative of an operation, or a slow one, another takes its place
-(`magic.kernels.replace`).
+traced once (`trace`), and the pull through the trace is batched over targets by `torch.vmap`
+(`magic.engine.vjp`). Where PyTorch has no second derivative of an operation, or a slow one, another takes
+its place (`magic.kernels.replace`).
+
+The order of the two is that of the chain rule: the step computes g first and U last, so its adjoint goes
+through U first. The pull through U must be whole before that through g begins, for ḡ, which it finds, is
+the cotangent of g.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.graph import graph_nodes
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
 from ..training.optim import ADJOINTS
@@ -31,123 +32,13 @@ from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from ..training.update import Pull
-
-
-class NotDifferentiable(RuntimeError):
-    """A part of the run or of the measure has no derivative PyTorch can give; the message names it."""
-
-
-CHUNK = 64  # targets pulled back at once; more would hold more copies of a batch's activations
-CUTS = ("optimize a non-leaf Tensor", "a leaf Variable that requires grad", "support the deepcopy protocol")
-BLOCK = 4  # targets that go through the optimizer's update at once, at least: its calls are short
+from .refusals import NotDifferentiable, refusing
+from .vjp import CHUNK, pull
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fresh leaves to differentiate with respect to."""
+    """The same values as new leaves of a graph, to differentiate with respect to."""
     return {k: x.detach().requires_grad_() for k, x in tensors.items()}
-
-
-def pull(
-    outputs: list[Tensor],
-    inputs: list[Tensor],
-    cotangents: Callable[[slice], list[Tensor]],
-    count: int,
-    chunk: int = CHUNK,
-) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Vector-Jacobian products for `count` targets, at most `chunk` of them in flight at once.
-
-    cotangents   rows of targets -> their cotangents, (rows, *output) for each output; asked for once
-    yields       rows, and their products, (rows, *input) for each input
-
-    Where an operation cannot be batched, warns with its name and goes on one by one.
-    """
-    used = {i for i, y in enumerate(outputs) if y.requires_grad}
-    outputs = [y for i, y in enumerate(outputs) if i in used]
-
-    def vjp(*rows):
-        return torch.autograd.grad(
-            outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-
-    def together(rows: slice, given: list[Tensor]):
-        if rows.stop - rows.start > 1:
-            try:
-                with _no_slow_batching():
-                    yield rows, torch.vmap(vjp)(*given)
-                return
-            except RuntimeError as error:
-                if "vmap" not in str(error) and "atch" not in str(error):
-                    raise
-                warnings.warn(
-                    f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=4
-                )
-        for i in range(rows.stop - rows.start):
-            k = rows.start + i
-            yield slice(k, k + 1), tuple(x.unsqueeze(0) for x in vjp(*(c[i] for c in given)))
-
-    for block in _parts(0, count, max(chunk, BLOCK)):
-        given = [c for i, c in enumerate(cotangents(block)) if i in used]
-        for rows in _parts(block.start, block.stop, chunk):
-            here = slice(rows.start - block.start, rows.stop - block.start)
-            yield from together(rows, [c[here] for c in given])
-
-
-def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
-    """start … stop in pieces of about one length, at most `size`."""
-    count = -(-(stop - start) // size)
-    for i in range(count):
-        yield slice(start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
-
-
-@contextlib.contextmanager
-def _no_slow_batching():
-    """An operation that vmap has no batching rule for raises, instead of being looped over in silence."""
-    functorch = torch._C._functorch
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)
-
-
-@contextlib.contextmanager
-def refusing(where: str):
-    """Turn autograd's refusals into NotDifferentiable, with the operation that PyTorch names.
-
-    A Function marked once_differentiable is not among them: autograd cuts its graph without a word,
-    and `magic.engine.witness` finds it.
-    """
-    try:
-        yield
-    except NotDifferentiable:
-        raise
-    except (RuntimeError, ValueError) as error:
-        what = str(error)
-        if "_Stop is a view" in what:
-            raise NotDifferentiable(
-                f"{where}: something is written in place through .data or detach(), behind autograd's back; "
-                "write x + (new - x).detach() in its place, or do it in the optimizer"
-            ) from error
-        if any(sign in what for sign in CUTS):
-            raise NotDifferentiable(
-                f"{where}: it writes into parameters, as an optimizer or load_state_dict does, and so cuts "
-                "their history. Make new tensors, with torch.autograd.grad(..., create_graph=True), and call "
-                "torch.func.functional_call(model, tensors, inputs)"
-            ) from error
-        if isinstance(error, ValueError) or not ("derivative" in what or "differentia" in what):
-            raise
-        raise NotDifferentiable(
-            f"{where}: {what.rstrip('.')}. The derivative of a training step is a second derivative of "
-            "the model; use an operation that has one"
-        ) from error
-
-
-def own_functions(tensors: list[Tensor]) -> str:
-    """The names of the user's autograd Functions in the graphs of these tensors, comma-separated."""
-    own = torch.autograd.function.BackwardCFunction
-    names = {node.name(): True for node in graph_nodes(tensors) if isinstance(node, own)}
-    return ", ".join(name for name in names if not name.startswith("_"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +68,16 @@ class Traced:
 def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
     """Do step t with its gradient's own graph recorded; with `step`, go on to s_{t+1}.
 
-    s_{t+1} has training's bits: the graph is recorded around the operations that training uses. Only
-    where an expression with other bits stood in for one is the step done once more, as in training.
-    The total loss is compared with the one that training `passed` here.
+    Invariant: s_{t+1} has training's bits. The graph is recorded around the very operations that training
+    uses, so what they return is what training got. Only where an expression with other bits stood in for an
+    operation is the step done once more, as in training. So a trace may take the place of a step, and one
+    made on the way down serves for the adjoint too. The total loss is compared with the one that training
+    `passed` here.
+
+    A `detach` in the loss is in the graph as a stop, which has two phases. While the gradient is taken,
+    inside `run.gradient`, it hands nothing back: the step is that of the plain loop. From then on it is the
+    identity: the value that was held fixed in this step moves with the parameters from step to step, and the
+    derivative of the step flows through it. A trace is always in the second phase.
     """
     t = state.step
     with torch.enable_grad(), refusing(f"step {t}"):
@@ -216,7 +114,14 @@ def step_vjp(
 def traced_vjp(
     run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK
 ) -> tuple[Cotangent, Tensor]:
-    """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up."""
+    """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up.
+
+    Invariant: rows of the cotangent that have not been pulled yet are ∂φ/∂s_{t+1}, and rows that have been
+    are ∂φ/∂s_t; no row is read again after it was pulled. So the work can be done in place, and K targets
+    need no second copy of what is as large as K states. In a row, the update's pull first turns the
+    cotangents of (param, slots) after the step into those of before, as far as they go around the gradient;
+    then what flows through the gradient is added.
+    """
     state, t, moved = traced.state, traced.state.step, run.moved(traced.state)
     updates = _adjoints(run, traced)
     inputs = [*traced.params.values(), *(traced.buffers[name] for name in moved), traced.weight]

@@ -27,7 +27,7 @@ class Misplaced(ReplayMismatch):
 
 
 def _new(folder: Path) -> Path:
-    """A file that was not there before, empty, in this folder."""
+    """A new, empty file in this folder, under a name that nothing had before."""
     path = folder / PARTS.replace("*", secrets.token_hex(8))
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
@@ -35,7 +35,10 @@ def _new(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file beside `path` to write into, which takes that name on the disk when the block is done.
+    """A new file beside `path` to write into. When the block is done, it takes that name.
+
+    It is on the disk before it has its name, and the name is on the disk when this returns. So at any moment
+    there is under the name either all that was there before or all that is new.
 
     Raises OSError, with the way out, where it cannot be written.
     """
@@ -76,7 +79,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     `meta` says what the file is; `read` compares it.
     """
     on_cpu = [k for k, x in tensors.items() if x.device.type == "cpu"]
-    # The layout in memory (channels_last, transposed) decides how sums are rounded, so it is kept.
+    # A tensor's layout in memory (channels_last, transposed) decides how sums are rounded, so it is kept.
     strides = {k: torch.empty_like(x, device="meta").stride() for k, x in tensors.items()}
     strides = {k: s for k, s in strides.items() if s != torch.empty(tensors[k].shape, device="meta").stride()}
     meta = meta | {"order": list(tensors), "on_cpu": on_cpu, "strides": strides}
@@ -129,7 +132,7 @@ def read(
     try:
         with library.safe_open(path, framework="pt", device="cpu") as file:
             meta = json.loads(file.metadata()["magic"])
-            # a copy lies where PyTorch puts tensors; at another alignment, sums are rounded otherwise
+            # The copy lies where PyTorch puts tensors: at another alignment, sums may be rounded otherwise.
             tensors = {k: file.get_tensor(k).clone() for k in meta["order"]}
         whole = _bits(tensors, meta) == meta["fingerprint"]
     except Exception as error:

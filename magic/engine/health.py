@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..show import Table
 
-DECADES = 6.0  # powers of ten; float32 carries seven
-SMALL = 0.05  # a share of the data that a tangent should at least be good for
-SURE = 0.1  # a slope that is known to a tenth of itself can be told from a wrong one
-SAMPLES = 64  # steps of a run at which the cotangent is measured
+DECADES = (
+    6.0  # powers of ten that a cotangent may sweep without a warning; float32 carries about seven digits
+)
+SMALL = 0.05  # the share of the data that a tangent should at least be able to rank removals of
+SURE = 0.1  # a finite difference is sharp enough to judge by if its doubt is a tenth of the slope, or less
+SAMPLES = 64  # steps of a run at which the cotangent's size is measured, at most
 GROWS = (
     "growing on the way back: a small change at an early step is amplified at every later one, and the "
     "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother network help"

@@ -1,13 +1,9 @@
-"""A folder in which a long run survives being killed, and goes on to the same bits.
+"""A long run survives being killed, and goes on to the same bits.
 
-It holds states that do not fit into memory, what training passed through, and, now and then, how far
-the work is: a state while training, the cotangents and scores while going back. Each file is written
+Its folder holds states that do not fit into memory, what training passed through, and, now and then, how
+far the work is: a state while training, the cotangents and scores while going back. Each file is written
 whole or not at all and carries a fingerprint of its bits, so a kill at any moment costs at most the
-work since the last note.
-
-What is in a folder belongs to one run, one point, one measure, one version of the code and one
-machine's numerics. Anything else is refused by name, never mixed. Nothing in it that others made is
-opened for writing, emptied or removed: a folder that is not empty and not ours is refused.
+work since the last note. Whose a folder is, `magic.engine.folder` says.
 """
 
 from __future__ import annotations
@@ -21,36 +17,38 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..identity import fingerprints
-from ..identity.parts import Identity, changed, of_callable, refusal
+from ..show import bar
 from ..training import determinism
 from ..training.record import Passed, ReplayMismatch, checksums
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from .files import PARTS, read, read_json, writable, write, write_json
-from .store import Disk
+from .folder import identity, opened
+from .places import Disk
 
-# the modules that bits depend on
-NUMERICS = (
-    "kernels/higher_order", "kernels/gelu", "kernels/convolution", "kernels/pooling",
-    "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
-    "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
-    "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",
-    "training/hypers", "training/update", "training/sgd", "training/adam", "training/rmsprop",
-    "training/network", "training/gradient", "training/run", "training/first_step",
-    "engine/adjoint", "engine/schedule", "engine/store", "engine/files", "engine/resume", "engine/replay",
-)  # fmt: skip
-PACKAGE = Path(__file__).parents[1]
-IDENTITY, CHOICES, PASSED, LOCK = "identity.json", "choices.json", "passed.json", "magic.lock"
-WHEN = "%Y-%m-%d %H:%M:%S"
-EVERY = 10.0  # seconds between notes at least; and 50 times what a note takes
+CHOICES, PASSED = "choices.json", "passed.json"
+# Two notes are at least EVERY seconds apart, and SHARE times what the last note took: then notes take no more
+# than a fiftieth of the time, however large the state is.
+EVERY, SHARE = 10.0, 50
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a replay is.
+class Trusted:
+    """A folder that is given, and what of it the reader vouches for.
 
-    values, outputs   (K, n) and (K,), as far as they are known
+    trust  names of parts that have changed since it was made; True for all code, and for all that cannot be
+           known
+    """
+
+    path: str | os.PathLike
+    trust: bool | Iterable[str] = False
+
+
+@dataclass(eq=False)
+class Progress:
+    """How far a replay is. It changes while the replay goes on, and a note of it is a copy on the disk.
+
+    values, outputs   (K, n) and (K,); None before the first way down has ended
     rows     the targets in work; those before them are done
     t        the step that `cotangent` is taken at, or None before the way back
     sizes    step -> the norm of each target's cotangent there
@@ -59,33 +57,14 @@ class Progress:
     verified   how many states were compared with what training noted
     """
 
-    values: Tensor
-    outputs: Tensor
+    values: Tensor | None
+    outputs: Tensor | None
     rows: slice
     t: int | None = None
     cotangent: Cotangent | None = None
     sizes: dict[int, list[float]] = field(default_factory=dict)
     witnessed: dict[int, float | None] = field(default_factory=dict)
     verified: int = 0
-
-
-def identity(run: Run, weights: Tensor, what: str, measure: Callable | None = None) -> Identity:
-    """What a folder belongs to, by name. `what` says what is computed there."""
-    source = [
-        Path(__file__).parents[1].joinpath(f"{name}.py").read_text(encoding="utf-8") for name in NUMERICS
-    ]
-    with determinism.alone():
-        first = run.step(run.initial, weights).fingerprint()
-    parts = {
-        **run.identity(fresh=True),
-        "the data weights": fingerprints.fingerprint(weights),
-        "what is computed": what,
-        "magic's code": fingerprints.digest(repr(source)),
-        **{name: str(value) for name, value in determinism.numerics().items()},
-        "the first step (code of model or loss, items of the data, or the machine's numerics)": first,
-    }
-    found = Identity(parts, run.unknown())
-    return found if measure is None else found | of_callable(measure, "measure")
 
 
 class Directory:
@@ -118,11 +97,7 @@ class Directory:
                cannot be known
         """
         place = Path(path)
-        mine = identity(run, weights, what, measure)
-        _ours_or_empty(writable(place))
-        with _locked(place):
-            _ours_or_empty(place)
-            owner = _belongs(place, mine, trust)
+        with opened(place, identity(run, weights, what, measure), trust) as owner:
             folder = cls(place, run, owner)
             for inner in (folder.states.folder, folder._training.folder):
                 writable(inner)
@@ -145,10 +120,12 @@ class Directory:
     # -- notes ------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        return time.monotonic() - self._last >= max(EVERY, 50 * self._took)
+        """Whether the last note is long enough ago."""
+        return time.monotonic() - self._last >= max(EVERY, SHARE * self._took)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
+        """Take the time of a note."""
         start = time.monotonic()
         yield
         self._last = time.monotonic()
@@ -162,7 +139,8 @@ class Directory:
             before = self._training.steps()
             self._training.save(state.step, state)
             self._note_passed(passed)
-            for t in before:  # only now, since the last state counts with its checksums alone
+            # The state noted before goes only now: a final state counts only once its checksums are written.
+            for t in before:
                 if t != state.step:
                     self._training.drop(t)
 
@@ -185,6 +163,7 @@ class Directory:
             self._note_passed(passed)
 
     def _mark(self) -> dict[str, str]:
+        """What a note of a replay says of itself, and must say when it is read."""
         return {"kind": "progress", "run": self._owner}
 
     # -- going on ---------------------------------------------------------------------------------
@@ -215,17 +194,15 @@ class Directory:
         tensors, meta = read(path, self._run.device, self._mark())
         flat = {k.removeprefix("cotangent/"): x for k, x in tensors.items() if k.startswith("cotangent/")}
         cotangent = Cotangent.unflatten(flat, meta["t"]) if meta["t"] is not None else None
-        sizes = {t: list(row) for t, row in meta["sizes"]}
-        rows = slice(*meta["rows"])
         return Progress(
             tensors["values"],
             tensors["outputs"],
-            rows,
+            slice(*meta["rows"]),
             meta["t"],
             cotangent,
-            sizes,
-            dict(map(tuple, meta["witnessed"])),
-            meta["verified"],
+            sizes={t: list(row) for t, row in meta["sizes"]},
+            witnessed=dict(map(tuple, meta["witnessed"])),
+            verified=meta["verified"],
         )
 
     def kept(self, todo: int) -> list[int]:
@@ -260,69 +237,30 @@ class Directory:
         return None
 
 
-def _ours_or_empty(place: Path) -> None:
-    """Raise ValueError for a folder in which others keep something, or whose identity was removed."""
-    if os.path.lexists(place / IDENTITY):
-        return
-    harmless = (LOCK, ".magic-")  # what is made before the identity: a lock, a file or folder of a trial
-    others = sorted(p.name for p in place.iterdir() if not p.name.startswith(harmless))
-    if others:
-        raise ValueError(
-            f"{place} is not empty and not magic's (it holds {', '.join(map(repr, others[:3]))} and no "
-            f"{IDENTITY}); give a new or empty folder"
-        )
+def train(
+    run: Run,
+    weights=None,
+    *,
+    disk: str | os.PathLike,
+    progress: bool = True,
+    allow_negative: bool = False,
+    trust: bool | Iterable[str] = False,
+) -> State:
+    """`run.train(weights)` with a folder: a training that was killed goes on where it was noted last.
 
+    The bits are the same. A training that is finished is read from the folder. Raises ValueError for a
+    folder of another run, of other data or code, or from a machine that calculates otherwise; `trust`
+    names what of it the reader vouches for, or is True for all code and all that cannot be known.
+    """
+    weights = run.weights(weights, allow_negative=allow_negative)
+    with Directory.open(disk, run, weights, "a training", trust=trust) as folder, determinism.alone():
+        passed = run.passed(weights)
+        passed.adopt(*folder.passed())
+        state = folder.latest() or run.initial
+        with bar(run.steps - state.step, "train", progress) as shown:
 
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    path = place / LOCK
-    try:  # neither emptied nor, through a link, made elsewhere
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OSError(f"{path} cannot be opened as a lock ({error}); give another folder") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process works in {place}; wait, or give another folder") from error
-        yield
-    finally:
-        os.close(lock)
+            def after(state: State) -> None:
+                shown.update()
+                folder.note_training(state, passed, now=state.step == run.steps)
 
-
-def _belongs(place: Path, mine: Identity, trust: bool | Iterable[str]) -> str:
-    """Whose the folder is, as its files say; ValueError unless it is of `mine`, which a new one becomes."""
-    path = place / IDENTITY
-    try:
-        there = read_json(path)
-    except FileNotFoundError:
-        made = time.strftime(WHEN)
-        owner = fingerprints.digest(repr((sorted(mine.parts.items()), time.time_ns())))
-        write_json(path, {"made": made, "run": owner, "parts": mine.parts})
-        return owner
-    owner, made, parts = (there.get(name) for name in ("run", "made", "parts"))
-    if not (isinstance(owner, str) and isinstance(made, str) and isinstance(parts, dict)):
-        raise ValueError(f"{path} was not written by this version of magic: give another folder")
-    if names := changed(mine, parts, trust):
-        raise ValueError(
-            refusal(
-                f"{place} belongs to something else{_in_words(names, mine.parts, parts)}",
-                names,
-                made,
-                "Give another folder, or remove this one",
-                mine.unknown,
-            )
-        )
-    return owner
-
-
-def _in_words(names: list[str], here: dict[str, str], there: dict[str, str]) -> str:
-    """How the parts differ that are no digests."""
-    words = ("what is computed", *determinism.numerics())
-    told = [f"{k} is {here.get(k)!r} here, and there it is {there.get(k)!r}" for k in names if k in words]
-    return f" ({'; '.join(told)})" if told else ""
+            return run.advance(state, run.steps, weights, passed, after)

@@ -1,24 +1,25 @@
-"""Where states are kept: on the model's device, in host memory, on disk. It knows no policy, no numerics.
+"""The slots of a schedule, each in a place; and the nearest place, the memory of the model's device.
 
-A place has `save(t, state)`, `load(t)`, `drop(t)`. What a place gives back has the bits that were
-stored, or it raises: a state in memory is compared with its checksum, a file with its fingerprint.
+A place has `save(t, state)`, `load(t)`, `drop(t)`; the places further away are in `magic.engine.places`.
+What a place gives back has the bits that were stored, or it raises: a state in memory is compared with its
+checksum, a file with its fingerprint. Neither places nor slots know of policy or of numerics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
-from pathlib import Path
-
-import torch
 
 from ..training.record import ReplayMismatch, check_stored, checksums
 from ..training.state import State
-from .files import PARTS, Misplaced, read, write
 
 
 class Memory:
-    """States kept where they are, on the model's device. A state never changes, so nothing is copied."""
+    """States kept where they are, on the model's device.
+
+    A state never changes, so keeping it copies nothing. Should something write into its tensors all the same,
+    its checksum tells.
+    """
 
     name = "memory"
 
@@ -41,115 +42,23 @@ class Memory:
         del self._states[t]
 
     def keep(self, state: State) -> State:
+        """What is kept of a state: here the state itself."""
         return state
 
     def give_back(self, state: State) -> State:
+        """The state, of what was kept of it."""
         return state
-
-
-class Host(Memory):
-    """States of a GPU's run, copied into the host's memory, pinned so that the copy is fast."""
-
-    name = "host memory"
-
-    def __init__(self, device: torch.device, constant: State):
-        super().__init__()
-        self._device = device
-        self._constant = constant
-        self._on_host: dict[int, set[str]] = {}
-
-    def keep(self, state: State) -> State:
-        self._on_host[state.step] = {k for k, x in state.flatten().items() if x.device.type == "cpu"}
-        flat = {name: _pinned(x) for name, x in written(state).items()}
-        return with_constants(flat, state.step, state.moved, self._constant)
-
-    def give_back(self, state: State) -> State:
-        there = self._on_host[state.step]
-        flat = {k: x if k in there else x.to(self._device) for k, x in written(state).items()}
-        return with_constants(flat, state.step, state.moved, self._constant)
-
-
-def written(state: State) -> dict[str, torch.Tensor]:
-    """The tensors of a state, flat, without the buffers that are still those of s_0."""
-    constant = {f"buffers/{name}" for name in state.buffers if name not in state.moved}
-    return {name: x for name, x in state.flatten().items() if name not in constant}
-
-
-def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State) -> State:
-    """The state that `written` gives this of; its other buffers are those of s_0."""
-    constant = {f"buffers/{name}": b for name, b in initial.buffers.items() if name not in moved}
-    order = {f"buffers/{name}": None for name in initial.buffers}
-    return State.unflatten({**order, **flat, **constant}, step, moved=moved)
-
-
-def _pinned(x: torch.Tensor) -> torch.Tensor:
-    there = torch.empty_like(x, device="cpu", pin_memory=torch.cuda.is_available())  # its layout, too
-    return there.copy_(x)
-
-
-class Disk:
-    """States in safetensors files of a folder, each whole or not there at all, with its fingerprint.
-
-    `constant` is s_0: of the buffers, those that are still its own are not written again. A file says its
-    step, its kind and whose it is (`owner`), and is refused elsewhere.
-    """
-
-    name = "disk"
-
-    def __init__(self, folder: Path, constant: State, kind: str = "state", owner: str = ""):
-        self.folder, self._constant = Path(folder), constant
-        self._kind, self._owner = kind, owner
-
-    def _meta(self, t: int) -> dict:
-        return {"step": t, "kind": self._kind, "run": self._owner}
-
-    def path(self, t: int) -> Path:
-        return self.folder / f"state-{t:09}.safetensors"
-
-    def save(self, t: int, state: State) -> None:
-        """Write s_t."""
-        write(self.path(t), written(state), self._meta(t) | {"moved": sorted(state.moved)})
-
-    def load(self, t: int) -> State:
-        """s_t; KeyError if it is not kept, ReplayMismatch if its file is damaged."""
-        if not self.path(t).exists():
-            raise KeyError(t)
-        flat, meta = read(self.path(t), next(iter(self._constant.params.values())).device, self._meta(t))
-        return with_constants(flat, t, frozenset(meta["moved"]), self._constant)
-
-    def drop(self, t: int) -> None:
-        """Remove the file of s_t."""
-        self.path(t).unlink(missing_ok=True)
-
-    def steps(self) -> list[int]:
-        """The steps whose files are there."""
-        digits = (p.stem.removeprefix("state-") for p in self.folder.glob("state-*.safetensors"))
-        return sorted(int(t) for t in digits if t.isdecimal())
-
-    def kept(self) -> list[int]:
-        """The steps whose files are there and undamaged; what a kill left behind is removed.
-
-        Raises ReplayMismatch for a whole file of something else, which is not ours to remove.
-        """
-        for part in self.folder.glob(PARTS):
-            part.unlink(missing_ok=True)
-        whole = []
-        for t in self.steps():
-            try:
-                read(self.path(t), torch.device("cpu"), self._meta(t))
-                whole.append(t)
-            except Misplaced:
-                raise
-            except ReplayMismatch:
-                self.drop(t)
-        return whole
 
 
 class Store:
     """The slots of a schedule, each in one of several places; counts what each place holds at most.
 
-    tier_of   of each slot, its place: an index into `places`; slots are taken lowest first
+    tier_of   the place of each slot, as an index into `places`
     kept      states that the last place, a Disk, holds from the start; they take no slot
+
+    Invariant: a state that is saved takes the lowest slot that is free, and frees it when it is dropped.
+    `schedule.placed` follows the same rule. A plan relies on it: it put the busiest slots nearest by knowing,
+    before the work begins, which state will be in which slot.
     """
 
     def __init__(self, places: Sequence, tier_of: Sequence[int], kept: Iterable[int] = ()):

@@ -19,7 +19,7 @@ from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import footprint
 from .adjoint import trace, traced_vjp
-from .store import Disk, written
+from .places import Disk, written
 from .witness import EXAMPLES
 
 # What the witness (`check_step`) holds at its peak beside activations: the model's copy, the point, the

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..engine.replay import measured_outputs
+from ..engine.measuring import measured_outputs
 from ..identity import fingerprints
 from ..identity.parts import Identity, changed, of_callable, refusal
 from ..show import needs

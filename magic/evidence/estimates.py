@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attribution import Attribution
-from ..engine.replay import measured_outputs
+from ..engine.measuring import measured_outputs
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from .. import subsets
-from ..engine.replay import measured_outputs
+from ..engine.measuring import measured_outputs
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import magic
 from magic import determinism
-from magic.engine import replay, store
+from magic.engine import listeners, places
+from magic.engine.measuring import measured_outputs
 from magic.kernels import checkpointing
 from tests.engine.test_defects import ORDER, Around, N, X, Y, loss, measure, mlp, run_of, scores
 
@@ -24,7 +25,7 @@ def agrees(run, measure=measure):
     for sign in (1, -1):
         weights = torch.ones(N, dtype=torch.float64)
         weights[3] += sign * 1e-5
-        outputs.append(replay.measured_outputs(run, run.train(weights, progress=False), measure))
+        outputs.append(measured_outputs(run, run.train(weights, progress=False), measure))
     torch.testing.assert_close(found[:, 3], (outputs[0] - outputs[1]) / 2e-5, rtol=1e-5, atol=1e-8)
     assert found.abs().max() > 1e-6
 
@@ -280,7 +281,7 @@ def test_the_layout_of_parameters_in_memory(make, tmp_path):
     state = run.train(progress=False)
     for name, p in in_the_plain_loop(model).items():
         assert torch.equal(p, state.params[name]) and p.stride() == state.params[name].stride()
-    on_disk = store.Disk(tmp_path, run.initial)
+    on_disk = places.Disk(tmp_path, run.initial)
     on_disk.save(6, state)
     for name, p in on_disk.load(6).params.items():
         assert p.stride() == state.params[name].stride() and torch.equal(p, state.params[name])
@@ -520,16 +521,16 @@ def test_a_function_that_is_right_is_asked_once(monkeypatch):
         def backward(ctx, g):
             return 2 * g * ctx.saved_tensors[0]
 
-    original = replay.check_step
-    monkeypatch.setattr(replay, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
+    original = listeners.check_step
+    monkeypatch.setattr(listeners, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
     agrees(run_of(hidden(lambda self, h: Square.apply(h)), optimizer=torch.optim.SGD))
     assert len(asked) <= 4, "at three steps anyway, and at one for the Function"
 
 
 def test_a_mask_made_of_stopped_numbers_is_no_escape(monkeypatch):
     asked = []
-    original = replay.check_step
-    monkeypatch.setattr(replay, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
+    original = listeners.check_step
+    monkeypatch.setattr(listeners, "check_step", lambda *a, **k: asked.append(a[1].step) or original(*a, **k))
 
     def hard_ones(model, x, y):
         losses = loss(model, x, y)

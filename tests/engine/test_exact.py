@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import magic
-from magic.engine.replay import measured_outputs
+from magic.engine.measuring import measured_outputs
 from tests.support import cases
 from tests.support.unroll import unroll
 

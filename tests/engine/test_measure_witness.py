@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import magic
 from magic.engine.adjoint import measure_vjp
-from magic.engine.witness import check_measure
+from magic.engine.measure_witness import check_measure
 from tests.support import cases
 
 

@@ -280,9 +280,8 @@ def test_disk_and_host_give_the_same_bits(tmp_path):
     for i, tiers in enumerate([(0, 1, 1, 1), (1, 1, 0, 1), (0, 2, 1, 2), (2, 2, 2, 2)]):
         far = dataclasses.replace(plan, traces=0, tier_of=tiers)
         weights = run.weights()
-        replay = magic.engine.replay.metagradient(
-            run, measure, weights, far, progress=False, disk=tmp_path / str(i) if 2 in tiers else None
-        )
+        folder = magic.engine.resume.Trusted(tmp_path / str(i)) if 2 in tiers else None
+        replay = magic.engine.replay.metagradient(run, measure, weights, far, progress=False, folder=folder)
         assert torch.equal(replay.values, expected.values)
         assert replay.peak_states == tuple(tiers.count(place) for place in range(3))
         assert all((b > 0) == (s > 0) for s, b in zip(replay.peak_states, replay.peak_bytes, strict=True))

@@ -216,7 +216,7 @@ def test_a_foreign_folder(what, named, tmp_path, monkeypatch):
     if what == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
     if what == "code":
-        monkeypatch.setattr(magic.engine.resume, "NUMERICS", ("training/determinism",))
+        monkeypatch.setattr(magic.engine.folder, "NUMERICS", ("training/determinism",))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(
         ValueError, match=rf"belongs to something else.*{named}.*Give another folder, or remove"

@@ -10,7 +10,8 @@ import torch
 
 import magic
 from magic.engine import files
-from magic.engine.store import Disk, Host, Memory, Store
+from magic.engine.places import Disk, Host
+from magic.engine.store import Memory, Store
 from tests.engine.test_record import flip_a_bit
 from tests.support import cases
 
@@ -170,7 +171,7 @@ def after(path, tensors, meta, write=magic.engine.files.write):
     if len(made) == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
     write(path, tensors, meta)
-magic.engine.store.write = after
+magic.engine.places.write = after
 try:
     magic.train(run, disk=folder, progress=False)
 except OSError as error:

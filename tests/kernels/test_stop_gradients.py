@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
-from magic.engine.replay import measured_outputs
+from magic.engine.measuring import measured_outputs
 from tests.support import cases
 
 

@@ -5,6 +5,8 @@ core reach each other only inside a function, or for a type; `show`, the ground,
 """
 
 import ast
+import io
+import tokenize
 import types
 from pathlib import Path
 
@@ -24,9 +26,11 @@ ORDER = [
     "training.dataset_identity", "training.order", "training.state", "training.record", "training.finite",
     "training.update", "training.sgd", "training.adam", "training.rmsprop", "training.optim",
     "training.hypers", "training.network", "training.gradient", "training.first_step", "training.run",
-    "engine.adjoint", "engine.witness", "engine.actions", "engine.walk", "engine.schedule", "engine.costs",
-    "engine.timeline", "engine.files", "engine.store", "engine.footprint", "engine.trial", "engine.work",
-    "engine.search", "engine.planning", "engine.health", "engine.resume", "engine.replay",
+    "engine.refusals", "engine.vjp", "engine.adjoint", "engine.finite_difference", "engine.witness",
+    "engine.measure_witness", "engine.rounding", "engine.actions", "engine.walk", "engine.schedule",
+    "engine.costs", "engine.timeline", "engine.files", "engine.store", "engine.places", "engine.footprint",
+    "engine.measuring", "engine.trial", "engine.work", "engine.search", "engine.planning", "engine.health",
+    "engine.folder", "engine.resume", "engine.listeners", "engine.replay",
     "subsets", "points", "saved", "attribution",
     "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs", "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
@@ -46,10 +50,20 @@ ONLY = {
     "engine.schedule": ["engine.actions", "engine.walk"],
     "engine.costs": ["engine.schedule"],
     "engine.timeline": ["engine.schedule"],
-    "engine.store": ["engine.files", "training.state", "training.record"],
+    "engine.store": ["training.state", "training.record"],
+    "engine.places": ["engine.files", "engine.store", "training.state", "training.record"],
 }
 NUMERICS = ["torch", "numpy"]
 MODULE_LINES, FUNCTION_LINES = 400, 60
+# What has to be read to follow one metagradient.
+CORE = [
+    "training.state", "training.optim", "training.run",
+    "engine.adjoint", "engine.schedule", "engine.store", "engine.replay",
+]  # fmt: skip
+CORE_LINES = 1040  # of code; to be lowered to 900
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
 
 
 def modules(package: Path) -> dict[str, ast.Module]:
@@ -122,6 +136,29 @@ def size_problems(package: Path) -> list[str]:
     return problems
 
 
+def code_lines(text: str) -> int:
+    """Lines that hold code: without docstrings, comments and blank lines."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def core_problems(package: Path) -> list[str]:
+    paths = {name: package.joinpath(*name.split(".")).with_suffix(".py") for name in CORE}
+    counts = {name: code_lines(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    if sum(counts.values()) <= CORE_LINES:
+        return []
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"the core has {sum(counts.values())} lines of code, more than {CORE_LINES}: {told}"]
+
+
 def test_imports_go_one_way():
     found = {(name, source) for name, tree in modules(PACKAGE).items() for source, _ in imports(name, tree)}
     seen = {
@@ -135,6 +172,27 @@ def test_imports_go_one_way():
 def test_modules_and_functions_stay_small():
     assert "training.run" in modules(PACKAGE), "no modules were seen"
     assert size_problems(PACKAGE) == []
+
+
+def test_the_core_can_be_read():
+    assert core_problems(PACKAGE) == []
+
+
+def test_lines_of_code_are_counted():
+    assert code_lines('"""A docstring\nof two lines."""\n\n# a comment\nx = 1  # another\n') == 1
+    assert code_lines('def f(\n    x,\n):\n    """Says."""\n\n    return f"""{x}\n\n"""\n') == 6
+    assert code_lines('"""Says."""\nx = """no\ndocstring"""\n') == 2
+
+
+def test_a_core_that_grows_is_found(tmp_path):
+    for name in CORE:
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("# nothing\n")
+    assert core_problems(tmp_path) == []
+    tmp_path.joinpath("engine", "replay.py").write_text("x = 1\n" * (CORE_LINES + 1))
+    (problem,) = core_problems(tmp_path)
+    assert f"{CORE_LINES + 1} lines of code" in problem and f"engine.replay {CORE_LINES + 1}" in problem
 
 
 def test_every_module_is_in_the_map_of_its_wing():

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import magic
-from magic.engine.replay import measured_outputs
+from magic.engine.measuring import measured_outputs
 from magic.training.determinism import seed_step
 
 N, FEATURES, WIDTH, CLASSES, TARGETS = 11, 8, 4, 3, 3

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import magic
-from magic.engine import store
+from magic.engine import places, store
 from magic.engine.adjoint import measure_vjp, step_vjp
 from tests.kernels import test_stop_gradients as test_stopgradients
 from tests.support import cases
@@ -80,9 +80,9 @@ def ways(run, folder):
         "saved": saved,
         "flattened": refreshed,
         "in memory": kept(store.Memory()),
-        "on the host": kept(store.Host(run.device, run.initial)),
-        "on disk": kept(store.Disk(folder, run.initial)),
-        "on disk, of a copy": kept(store.Disk(folder, run.initial.map(torch.clone), "copy")),
+        "on the host": kept(places.Host(run.device, run.initial)),
+        "on disk": kept(places.Disk(folder, run.initial)),
+        "on disk, of a copy": kept(places.Disk(folder, run.initial.map(torch.clone), "copy")),
     }
 
 

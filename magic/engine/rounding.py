@@ -1,0 +1,83 @@
+"""What rounding does to a derivative: how far two ways to it may differ, and what is nothing but rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.graph import graph_nodes
+from ..training import optim
+from ..training.run import Run
+from ..training.state import Cotangent
+from .adjoint import Traced
+from .finite_difference import warn
+from .refusals import NotDifferentiable
+
+NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
+
+
+def check_batching(alone: tuple, together: tuple, traced: Traced) -> None:
+    """Raise NotDifferentiable unless the last of several targets pulled back together is what it is alone.
+
+    Both are (cotangent, scores). PyTorch's batched derivative of an operation may be wrong where its plain
+    one is right. A tensor may differ by the root of a rounding error, relative to its largest number. And
+    it may differ by the noise of numbers as large as those beside it: the bias of an attention's keys, to
+    which the softmax is blind, has a cotangent that is nothing else.
+    """
+    (cotangent, scores), (all_cotangents, all_scores) = alone, together
+    flat, eps = all_cotangents.flatten(), _rounding(traced)
+    pairs = {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].numel()} | {
+        "the scores": (scores, all_scores[-1:])
+    }
+    sizes = {name: max(x.abs().max().item() for x in pair) for name, pair in pairs.items()}
+    beside: dict[str, float] = {}  # the largest of a kind: params, buffers, a slot of the optimizer
+    for name, size in sizes.items():
+        beside[_kind(name)] = max(size, beside.get(_kind(name), 0.0))
+    for name, (one, last) in pairs.items():
+        limit = eps**0.5 * sizes[name] + NOISE * eps * beside[_kind(name)]
+        if not (one - last).abs().max().item() <= limit:
+            raise NotDifferentiable(
+                f"step {traced.state.step}: pulled back together with others, a target gets other values of "
+                f"{name} than alone. An operation of the model or the loss has a wrong batched derivative in "
+                "PyTorch: measure one output at a time, or write the operation out"
+            )
+
+
+def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
+    """Warn of a parameter whose gradient is nothing but rounding, where Adam makes it matter.
+
+    The bias in front of a normalisation is one. Adam divides the noise by itself, so the parameter wanders;
+    where the measure sees it, as through running statistics, so do the outputs and their derivative. The
+    bias of an attention's keys wanders as well, but nothing sees it: its cotangent is noise, too.
+    """
+    if run.rule is not optim.adam:
+        return
+
+    def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
+        norms = {name: x.detach().norm().item() for name, x in tensors.items()}
+        largest = max(norms.values(), default=0.0)
+        return {name: norm / largest for name, norm in norms.items() if norm}
+
+    least = 10 * torch.finfo(run.dtype).eps
+    seen = sizes(cotangent.params)
+    noisy = [name for name, size in sizes(traced.grads).items() if size < least < seen.get(name, 0.0)]
+    if noisy:
+        warn(
+            f"step {traced.state.step}: the gradient of {noisy[0]!r} is rounding noise, as that of a bias in "
+            "front of a normalisation is, and Adam divides it by itself: what it does to the outputs is "
+            "chance. Leave the bias out (bias=False), or do not train it"
+        )
+
+
+def _kind(name: str) -> str:
+    """ "slots/layers.0.weight/exp_avg" is a "slots exp_avg"."""
+    first, *rest = name.split("/")
+    return f"{first} {rest[-1]}" if first == "slots" else first
+
+
+def _rounding(traced: Traced) -> float:
+    """The rounding error of the least precise arithmetic in the step: a model may cast to float32 inside."""
+    grads = list(traced.grads.values())
+    casts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(grads))
+    return torch.finfo(torch.float32 if casts else grads[0].dtype).eps
