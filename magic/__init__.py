@@ -16,10 +16,10 @@ attribution, points, subsets    the scores; where the derivative is taken; which
 evidence    is the prediction true? Train again, and see
 book        what the chapters share: data, models, plots, claims
 
-To see how `attribute()` works, read nine files in this order, each of which opens with what it is for:
-training/state, training/update and training/sgd, training/gradient, training/run (a run as a function);
-engine/adjoint, engine/schedule, engine/store, engine/replay (its derivative); attribution. Chapters 03 to 05
-tell the same at leisure. The others are checks, places and conveniences around these.
+To see how `attribute()` works, read these files in this order, some nine hundred lines of code in all; each
+opens with what it is for. A run as a function: training/state, update, sgd, network, gradient, run. Its
+derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last attribution, which calls them. The
+others are checks, places and conveniences around these. Chapters 03 to 05 tell the same at leisure.
 """
 
 from . import _moved, points, subsets

@@ -13,6 +13,7 @@ gradient          what a step minimises, and its gradient
 arguments         what a Run refuses of models, losses and measures
 examples          the data, the batches and the indices that a user gives, and what is refused of them
 dataset_identity  a digest of a Dataset's items
+run_identity      what a run is: everything that its bits depend on
 hidden_state      what a model or a loss may remember outside its arguments
 order             `magic.batches`: which examples form which batch
 record            what a training passed through, to compare a replay with

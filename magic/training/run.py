@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..identity import fingerprints
-from ..identity.parts import Identity, of_callable, of_model
 from ..kernels.graph import uses
 from ..kernels.replace import measuring
 from ..show import bar
-from . import arguments, determinism, examples, finite, hypers, optim
-from .dataset_identity import of_dataset
+from . import arguments, determinism, examples, finite, hypers, optim, run_identity
 from .first_step import first_step
 from .gradient import Gradient, gradient, total
 from .network import Network
@@ -52,7 +50,7 @@ class Run:
                "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
     seed       every random number that step t draws is a function of (seed, t)
 
-    Creating a Run tries its first step twice, so a mistake is told here and not after an hour.
+    Creating a Run tries its first step three times, so a mistake is told here and not after an hour.
     """
 
     def __init__(
@@ -146,33 +144,11 @@ class Run:
     def identity(self, fresh: bool = False) -> dict[str, str]:
         """What defines the run, by name, each as a fingerprint; the code of model and loss, and what they
         hold, among it. All is read again at each call, but a Dataset's items only if `fresh`."""
-        parts: dict[str, object] = {
-            "the start s_0": self.initial.fingerprint(),
-            "the model's constants or modes": (
-                fingerprints.fingerprint(self.network.module),
-                [module.training for module in self.network.module.modules()],
-            ),
-            "the optimizer or its hyper-parameters": (self.rule.__name__, self.hypers, self.group_of),
-            "the order of the batches": [fingerprints.fingerprint(b) for b in self.batches],
-            "normalize or seed": (self.normalize, self.seed),
-        }
-        if isinstance(self.data, tuple):
-            parts["the data"] = [fingerprints.fingerprint(x) for x in self.data]
-        found = {name: fingerprints.digest(repr(part)) for name, part in parts.items()}
-        return found | self._outer_identity(fresh).parts
+        return run_identity.parts_of(self, fresh)
 
     def unknown(self) -> dict[str, str]:
         """The parts of `identity` that cannot be known whole, and why (a C extension, a call of eval)."""
-        return self._outer_identity().unknown
-
-    def _outer_identity(self, fresh: bool = False) -> Identity:
-        """The identity of what the user wrote: the model, the loss, and a Dataset's items."""
-        found = of_model(self.network.module) | of_callable(self.loss, "loss")
-        if isinstance(self.data, tuple):
-            return found
-        if fresh or "_items" not in self.__dict__:
-            self._items = of_dataset(self.data, self.n)
-        return found | self._items
+        return run_identity.written_by_the_user(self).unknown
 
     def fingerprint(self) -> str:
         """16 hex digits of `identity`."""
