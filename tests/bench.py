@@ -3,7 +3,8 @@
 Every figure is a ratio to a plain torch.optim loop over the same model, data and batches, timed in
 the same process, interleaved, one thread; medians over rounds. A metagradient's time contains its
 training, its plan, its checks. With --peers also a full unroll by autograd and, where it is installed,
-bergson (see tests/peers.py) on the same work.
+bergson (see tests/peers.py) on the same work. --keep notes the ratios in tests/bench.json, with what they
+were measured on; --compare prints them beside those noted last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -19,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,8 @@ from magic.book import data, models
 from magic.training.record import checksums
 from tests import peers
 from tests.support.cases import loss as classify
+
+KEPT = Path(__file__).with_name("bench.json")
 
 
 @dataclass
@@ -181,6 +187,44 @@ def memory_table(name: str, targets: list[int], budgets: list[str]) -> None:
             print(f"  {memory:>10}{k:>5}{(measured(k, memory) - floor) / 1e6:>25,.0f} MB")
 
 
+def provenance(threads: int, rounds: int) -> dict:
+    """What a ratio depends on besides the code, and which code it was."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=KEPT.parent
+    )
+    cpuinfo = Path("/proc/cpuinfo")
+    told = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git.stdout.strip(),
+        "processor": told[1] if told else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "PyTorch": torch.__version__,
+        "threads": threads,
+        "rounds": rounds,
+    }
+
+
+def keep(found: dict[str, dict[str, float]], made: dict, path: Path = KEPT) -> None:
+    """Note ratios, {work: {what: ratio}}, behind those that are there."""
+    noted = json.loads(path.read_text()) if path.exists() else []
+    rounded = {work: {what: round(x, 3) for what, x in ratios.items()} for work, ratios in found.items()}
+    path.write_text(json.dumps([*noted, made | {"ratios": rounded}], indent=1) + "\n")
+
+
+def compare(found: dict[str, dict[str, float]], path: Path = KEPT) -> None:
+    """Print ratios beside those noted last."""
+    if not path.exists():
+        raise SystemExit(f"{path.name} is not there yet: --keep makes it")
+    *_, last = json.loads(path.read_text())
+    print("\nnoted last: " + ", ".join(f"{name} {x}" for name, x in last.items() if name != "ratios"))
+    print(f"  {'':<40}{'noted':>9}{'now':>9}{'now/noted':>11}")
+    for work, ratios in found.items():
+        for what, now in ratios.items():
+            if before := last["ratios"].get(work, {}).get(what):
+                print(f"  {f'{work}: {what}':<40}{before:>9.2f}{now:>9.2f}{now / before:>11.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--works", default="mlp,conv,transformer")
@@ -189,6 +233,8 @@ def main() -> None:
     parser.add_argument("--memory", default="1GB")
     parser.add_argument("--budgets", default="", help="also peak memory, at these budgets: 100MB,1GB")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="note the ratios in tests/bench.json")
+    parser.add_argument("--compare", action="store_true", help="print them beside those noted last")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", nargs=3, metavar=("WORK", "K", "MEMORY"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -202,10 +248,15 @@ def main() -> None:
         f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
         f"{given.threads} thread(s), medians of {given.rounds} rounds; 1 = a plain loop, training included"
     )
+    found = {}
     for name in given.works.split(","):
-        table(name, targets, given.rounds, given.memory, given.peers)
+        found[name] = table(name, targets, given.rounds, given.memory, given.peers)
         if given.budgets:
             memory_table(name, targets, given.budgets.split(","))
+    if given.compare:
+        compare(found)
+    if given.keep:
+        keep(found, provenance(given.threads, given.rounds))
 
 
 if __name__ == "__main__":

@@ -19,20 +19,7 @@ from .work import USUAL, Choice, Prices, Work
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 CACHE = 40e6  # bytes of traces that targets in flight may work on, on a CPU: about an L3 cache
 SHORT = 3e5  # bytes of a trace whose operations are too short for a CPU one target at a time
-SWEEPS = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    64,
-    128,
-)  # numbers of sweeps that are tried, and one for each target
+SWEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # how many are tried, and one for each target
 
 
 @dataclass(frozen=True)

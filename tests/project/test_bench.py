@@ -1,5 +1,6 @@
 """The benchmark runs and prints what it says; what it times is not tested."""
 
+import pytest
 import torch
 
 import magic
@@ -28,6 +29,20 @@ def test_the_table(monkeypatch, capsys):
         "K = 3: replay",
     ):
         assert part in said
+
+
+def test_ratios_are_kept_with_what_they_were_measured_on(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    with pytest.raises(SystemExit, match="--keep makes it"):
+        bench.compare({}, path)
+    made = bench.provenance(threads=1, rounds=5)
+    assert made["PyTorch"] == torch.__version__ and made["processor"] and made["cores"]
+    bench.keep({"mlp": {"run.train() K=0": 2.0}}, made, path)
+    bench.keep({"mlp": {"run.train() K=0": 1.5, "magic.attribute K=1": 4.0}}, made, path)
+    bench.compare({"mlp": {"run.train() K=0": 1.2, "magic.attribute K=16": 9.0}}, path)
+    said = capsys.readouterr().out
+    assert "rounds 5" in said and "K=16" not in said
+    assert ["1.50", "1.20", "0.80"] in [line.split()[-3:] for line in said.splitlines()]
 
 
 def test_the_works_are_what_they_say():
