@@ -116,6 +116,7 @@ def _checked(meta) -> dict:
         value: Any = meta.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"its {name} is {value!r}")
-        if name.endswith("_parts") and value and not all(isinstance(x, str) for x in value.values()):
+        digests = value.values() if name.endswith("_parts") and isinstance(value, dict) else ()
+        if not all(isinstance(x, str) for x in digests):
             raise ValueError(f"its {name} holds what is no digest")
     return meta

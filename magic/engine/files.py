@@ -139,7 +139,8 @@ def read(
         raise ReplayMismatch(f"{path} is damaged, or was not written by magic: {error}") from error
     if not whole:
         raise ReplayMismatch(f"{path} is damaged: it does not hold the bits that were written")
-    wrong = [name for name, value in (expected or {}).items() if meta.get(name) != value]
+    expected = expected or {}
+    wrong = [name for name, value in expected.items() if meta.get(name) != value]
     if wrong:
         told = ", ".join(f"its {name} is {meta.get(name)!r}, not {expected[name]!r}" for name in wrong)
         raise Misplaced(

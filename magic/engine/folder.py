@@ -109,10 +109,10 @@ def _belongs(place: Path, mine: Identity, trust: bool | Iterable[str]) -> str:
     try:
         there = read_json(path)
     except FileNotFoundError:
-        made = time.strftime(WHEN)
-        owner = fingerprints.digest(repr((sorted(mine.parts.items()), time.time_ns())))
-        write_json(path, {"made": made, "run": owner, "parts": mine.parts})
-        return owner
+        now = time.strftime(WHEN)
+        fresh = fingerprints.digest(repr((sorted(mine.parts.items()), time.time_ns())))
+        write_json(path, {"made": now, "run": fresh, "parts": mine.parts})
+        return fresh
     owner, made, parts = (there.get(name) for name in ("run", "made", "parts"))
     if not (isinstance(owner, str) and isinstance(made, str) and isinstance(parts, dict)):
         raise ValueError(f"{path} was not written by this version of magic: give another folder")

@@ -175,10 +175,11 @@ class Verification(Table):
     @classmethod
     def of(cls, note: dict) -> Verification:
         """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
-        numbers = [torch.tensor(note[name], dtype=torch.float64) for name in ("predicted", "true", "doubt")]
-        if len({x.shape for x in numbers}) > 1 or numbers[0].dim() != 1:
+        names = ("predicted", "true", "doubt")
+        predicted, true, doubt = (torch.tensor(note[name], dtype=torch.float64) for name in names)
+        if not predicted.shape == true.shape == doubt.shape or predicted.dim() != 1:
             raise ValueError("its verification has unequal lengths")
-        return cls(*numbers, tuple(map(float, note["steps"])))
+        return cls(predicted, true, doubt, tuple(map(float, note["steps"])))
 
     @property
     def resolved(self) -> Tensor:

@@ -85,6 +85,7 @@ class Scores(Listener):
 
     def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
         t, values = traced.state.step, self.found.values
+        assert values is not None, "outputs are measured before the first pull"
         check_finite(scores, cotangent, t)
         indices = self.run.batches[t].to(values.device)
         values[self.found.rows].index_add_(1, indices, scores.to(values.dtype))
@@ -99,6 +100,7 @@ class Sizes(Listener):
     def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
         if traced.state.step % self.every == 0:
             squares = sum(c.reshape(len(c), -1).square().sum(1) for c in cotangent.params.values())
+            assert isinstance(squares, Tensor), "a run trains at least one parameter"
             self.sizes.setdefault(traced.state.step, []).extend(squares.sqrt().tolist())
 
 

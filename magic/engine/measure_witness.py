@@ -130,6 +130,7 @@ def _drowned(claim: _Claim, exact: Cotangent, least: int) -> bool:
     """Warn, and say so, if rounding makes up much of the derivative of the output that is nearest to 0."""
     pairs = [(x.double()[least], exact.params[name][0]) for name, x in claim.cotangent.params.items()]
     far, size = sum((x - y).square().sum() for x, y in pairs), sum(y.square().sum() for _, y in pairs)
+    assert isinstance(size, Tensor), "a run trains at least one parameter"
     off = (far / size.clamp_min(1e-300)).sqrt().item()
     if off > DROWNED:
         warn(
@@ -145,7 +146,9 @@ def _check_slopes(claim: _Claim, precision: _Precision) -> float | None:
 
     Returns the largest relative difference where it is right, or None, with a warning, if nothing is steady.
     """
-    dice, right, wrong = torch.Generator().manual_seed(0), [], []
+    dice = torch.Generator().manual_seed(0)
+    right: list[tuple[float, Slope]] = []
+    wrong: list[tuple[float, Slope]] = []
     for _ in range(DIRECTIONS):
         seen, slope, moves = _compare(claim, precision, dice)
         if not moves:

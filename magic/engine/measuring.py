@@ -34,7 +34,7 @@ def try_measure(run: Run, measure: Callable) -> tuple[int, int]:
     by nothing but the buffers that training will write.
     """
     targets = len(measured_outputs(run, run.initial, measure, finite=False))
-    anywhere = replace(run.initial, moved=None)
+    anywhere = replace(run.initial, moved=frozenset(run.initial.buffers))
     with determinism.alone():
         _, _, peak = footprint.measured(lambda: measure_vjp(run, anywhere, measure, slice(0, 1)), run.device)
     return targets, peak

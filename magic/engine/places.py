@@ -49,9 +49,11 @@ def written(state: State) -> dict[str, torch.Tensor]:
 
 def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State) -> State:
     """The state that `written` gives this of; its other buffers are those of s_0."""
-    constant = {f"buffers/{name}": b for name, b in initial.buffers.items() if name not in moved}
-    order = {f"buffers/{name}": None for name in initial.buffers}
-    return State.unflatten({**order, **flat, **constant}, step, moved=moved)
+    buffers = {
+        f"buffers/{name}": flat[f"buffers/{name}"] if name in moved else b
+        for name, b in initial.buffers.items()
+    }
+    return State.unflatten({**buffers, **flat}, step, moved=moved)
 
 
 def _pinned(x: torch.Tensor) -> torch.Tensor:

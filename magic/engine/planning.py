@@ -277,7 +277,7 @@ def _check_targets(targets: int) -> None:
         raise ValueError(f"targets={targets!r}: the number K of measured outputs is an integer, at least 1")
 
 
-def _checked_states(states: int) -> int:
+def _checked_states(states: object) -> int:
     if not isinstance(states, int):
         raise TypeError(f"states={states!r}: the number of states to keep is an integer")
     if states < 1:

@@ -68,8 +68,8 @@ class Training:
         """Step from `state` to step `to`, calling `after` with each state."""
         return self.run.advance(state, to, self.weights, self.passed, after)
 
-    def trace_on(self, state: State) -> Traced:
-        """A trace that stands for training's step at `state`.
+    def trace_on(self, state: State) -> tuple[Traced, State]:
+        """A trace that stands for training's step at `state`, and the state that it leads to.
 
         Invariant: `traced.after` has the bits of run.step(state). The next step starts from there, so if it
         had others, all later states would be those of another training. Wherever training has noted its
@@ -79,6 +79,7 @@ class Training:
         """
         run, passed, t = self.run, self.passed, state.step
         traced = self.trace(state, step=True)
+        assert traced.after is not None, "a trace with its step goes on to the next state"
         fresh = t + 1 in (run.steps // 2, run.steps) and t + 1 not in passed.noted
         if fresh and checksums(run.step(state, self.weights)) != checksums(traced.after):
             raise ReplayMismatch(
@@ -87,7 +88,7 @@ class Training:
             )
         if passed.notes(t + 1):
             passed.compare(traced.after)
-        return traced
+        return traced, traced.after
 
 
 def reverse(
@@ -127,8 +128,7 @@ def reverse(
                 state = training.advance(state, to, listener.stepped)
             case Trace(_, to):
                 while state.step < to:
-                    traces[state.step] = training.trace_on(state)
-                    state = traces[state.step].after
+                    traces[state.step], state = training.trace_on(state)
                     listener.stepped(state)
             case Adjoint(t):
                 traced = traces.pop(t, None) or training.trace(state, step=False)
@@ -194,6 +194,7 @@ class _Sweeps:
             self.listeners.append(Bar(shown))
             while found.rows.start < self.plan.targets:
                 self.one()
+        assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
         sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
         seen = health.Health(run.steps, sizes, passed.verified, found.witnessed)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
@@ -206,7 +207,7 @@ class _Sweeps:
         from s_0, which is the run's own. Of a way back that was noted at step t, the first t steps are left.
         """
         run, found, folder = self.run, self.found, self.folder
-        todo = run.steps if found.cotangent is None else found.t
+        todo = run.steps if found.t is None else found.t
         kept = [0, *(t for t in folder.kept(todo) if t > 0)] if folder else None
         places = [Memory(), Host(run.device, run.initial), folder.states if folder else None]
         store = Store(places, self.plan.tier_of, kept or ())

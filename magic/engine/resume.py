@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -152,14 +153,16 @@ class Directory:
         """Now and then, or `now`, keep how far the way back is."""
         if not (now or self._due()):
             return
+        values, outputs = progress.values, progress.outputs
+        assert values is not None and outputs is not None, "the way back begins with measured outputs"
         with self._noting():
-            tensors = {"values": progress.values, "outputs": progress.outputs}
+            tensors = {"values": values, "outputs": outputs}
             if progress.cotangent is not None:
                 tensors |= {f"cotangent/{k}": x for k, x in progress.cotangent.flatten().items()}
             rows, sizes = [progress.rows.start, progress.rows.stop], list(progress.sizes.items())
-            meta = {"rows": rows, "t": progress.t, "sizes": sizes, "verified": progress.verified}
-            meta |= {"witnessed": list(progress.witnessed.items()), **self._mark()}
-            write(self.path / "progress.safetensors", tensors, meta)
+            meta: dict[str, Any] = {"rows": rows, "t": progress.t, "sizes": sizes}
+            meta |= {"verified": progress.verified, "witnessed": list(progress.witnessed.items())}
+            write(self.path / "progress.safetensors", tensors, meta | self._mark())
             self._note_passed(passed)
 
     def _mark(self) -> dict[str, str]:

@@ -135,7 +135,12 @@ def _witness_bytes(run: Run, traced_and_pulled: int, state: int, gradient: int) 
 def _disk_seconds(run: Run, state: State, disk: Path) -> float:
     with tempfile.TemporaryDirectory(prefix=".magic-trial-", dir=disk) as folder:
         place = Disk(Path(folder), run.initial)
-        return _timed(lambda: (place.save(1, state), place.load(1)))[1]
+
+        def there_and_back() -> State:
+            place.save(1, state)
+            return place.load(1)
+
+        return _timed(there_and_back)[1]
 
 
 def _nbytes(tensors: dict[str, torch.Tensor]) -> int:

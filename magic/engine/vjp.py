@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
 @contextlib.contextmanager
 def _no_slow_batching():
     """An operation that vmap has no batching rule for raises, instead of being looped over in silence."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # PyTorch's stubs leave these functions out
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:

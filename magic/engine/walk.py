@@ -52,7 +52,8 @@ def walk(
     `kept` are states that are kept from the start. Raises ValueError at the first action that is not legal,
     and at the end if a step is not reversed or a state is still kept.
     """
-    current, todo, kept, traces = 0, steps, set(kept), set()
+    current, todo, kept = 0, steps, set(kept)
+    traces: set[int] = set()
     for action in actions:
         was, left = current, todo
         match action:

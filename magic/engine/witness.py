@@ -58,7 +58,8 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
             except Exception as error:
                 warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
                 return None
-        right, wrong = [], []
+        right: list[tuple[float, Slope]] = []
+        wrong: list[tuple[float, Slope]] = []
         for tried in range(DIRECTIONS):
             if tried >= directions and not wrong:
                 break

@@ -140,8 +140,8 @@ class Comparison(Table):
         """
         pd = needs("pandas", "notebooks")
         predicted, true = self._columns
-        retraining, target = np.indices(true.shape)
-        columns = {"retraining": retraining, "target": target, "predicted": predicted, "true": true}
+        grid = np.indices(true.shape)
+        columns = {"retraining": grid[0], "target": grid[1], "predicted": predicted, "true": true}
         return pd.DataFrame({name: x.ravel() for name, x in columns.items()})
 
     def plot(self, ax=None, targets: int | None = 1):

@@ -135,7 +135,7 @@ def _unpacked(work, token: str) -> tuple[Run, Callable]:
         return work
     if token not in UNPACKED:
         UNPACKED.clear()
-        UNPACKED[token] = pickle.loads(memoryview(np.ascontiguousarray(work)))
+        UNPACKED[token] = pickle.loads(np.ascontiguousarray(work).data)
     return UNPACKED[token]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 
-def graph_nodes(ends: Iterable) -> list:
+def graph_nodes(ends: Iterable) -> list[Node]:
     """Every node of the autograd graphs that end in these tensors or nodes."""
-    nodes, todo = {}, [x.grad_fn if isinstance(x, Tensor) else x for x in ends]
+    nodes: dict[Node, bool] = {}
+    todo: list[Node | None] = [x.grad_fn if isinstance(x, Tensor) else x for x in ends]
     while todo:
         node = todo.pop()
         if node is not None and node not in nodes:

@@ -6,6 +6,7 @@ Source: torch/optim/adam.py; Kingma & Ba 2015; Loshchilov & Hutter 2019.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -106,7 +107,9 @@ def underflowing(grad: Tensor, after: Slots) -> int:
     return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
 
 
-def warn_of_underflow(rule: Rule, state, grads: dict[str, Tensor], hyper_of: dict[str, dict]) -> None:
+def warn_of_underflow(
+    rule: Rule, state, grads: Mapping[str, Tensor], hyper_of: Mapping[str, Mapping]
+) -> None:
     """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
 
     `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
@@ -121,7 +124,7 @@ def warn_of_underflow(rule: Rule, state, grads: dict[str, Tensor], hyper_of: dic
             grad = grad.detach()
             after = rule(state.params[name], grad, state.slots[name], hyper)[1]
             counts[name] = underflowing(grad, after)
-    worst = max(counts, key=counts.get, default=None)
+    worst = max(counts, key=counts.__getitem__, default=None)
     if worst is not None and counts[worst]:
         warnings.warn(
             f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ def gradient(
         arguments.check_leaves(params, t)
         total = _total(run, losses, weight, t)
         leaves, stops.escapes.open = list(params.values()), False
+        grads: Sequence[Tensor | None]
         grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
         if stops.stopped:  # what only a stopped path reaches has no gradient in the plain loop
             used = leaves_reached(total, leaves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
 
 def _rule(kind: type) -> Rule | None:
     """The rule of an optimizer's class, or of one that is derived from it and adds nothing."""
+    base: Any  # a class, whose type does not say that it has a `step`
     for base in kind.__mro__:
         if base in RULES:
             return RULES[base]

@@ -7,6 +7,8 @@ compared with what was stored whenever it is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def checksums(state: State) -> dict[str, int]:
     return sums(state.flatten())
 
 
-def sums(flat: dict[str, Tensor]) -> dict[str, int]:
+def sums(flat: Mapping[str, Tensor]) -> dict[str, int]:
     """`checksums` of tensors by name."""
     on: dict[torch.device, list[str]] = {}
     for name, x in flat.items():

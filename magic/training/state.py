@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..identity import fingerprints
 
+_ALL = frozenset({"all buffers"})  # this object stands for the names of all buffers, whatever they are
+
 
 @dataclass(frozen=True, eq=False)
 class _Tensors:
@@ -75,13 +77,13 @@ class State(_Tensors):
              own names ("momentum_buffer", "exp_avg", ...); empty until the first update
     step     t, the number of steps done
     moved    the names of the buffers that training has written by now. The others are still those of
-             s_0, constants that carry no derivative. None, the default, means all of them
+             s_0, constants that carry no derivative. Left out, it means all of them
     """
 
-    moved: frozenset[str] | None = None
+    moved: frozenset[str] = _ALL
 
     def __post_init__(self):
-        moved = self.buffers if self.moved is None else self.moved
+        moved = self.buffers if self.moved is _ALL else self.moved
         object.__setattr__(self, "moved", frozenset(moved))
 
     def __repr__(self) -> str:
