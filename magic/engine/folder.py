@@ -24,7 +24,7 @@ from .files import read_json, writable, write_json
 PACKAGE = Path(__file__).parents[1]
 # The modules that the bits of a state or of a score depend on, or what the files of a folder say.
 NUMERICS = (
-    "kernels/higher_order", "kernels/gelu", "kernels/convolution", "kernels/pooling",
+    "kernels/higher_order", "kernels/attention", "kernels/gelu", "kernels/convolution", "kernels/pooling",
     "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
     "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
     "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",

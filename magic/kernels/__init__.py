@@ -7,6 +7,7 @@ replace                 which operation takes the place of which, and the mode t
 gelu                    GELU
 convolution             convolutions in one, two and three dimensions
 pooling                 average pooling
+attention               scaled dot-product attention
 normalisation_formulas  the first and second derivative of all normalisations, as arithmetic
 normalisation           how these enter autograd's graph
 layer_norm              layer and group normalisation

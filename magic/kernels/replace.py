@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import checkpointing
+from .attention import attention, everywhere
 from .batch_norm import batch_norm
 from .convolution import convolution
 from .gelu import gelu
@@ -57,9 +58,7 @@ OTHER_BITS = {
     torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve,
     torch.group_norm, torch.native_group_norm,
 }  # fmt: skip
-# PyTorch chooses a kernel for attention below Python, where it cannot be replaced. For these functions, it is
-# told to choose the plain one.
-ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+ATTENTION = F.scaled_dot_product_attention  # as it was before anything was put in its place
 
 
 def _in_eval(func, args, kwargs) -> bool:
@@ -97,18 +96,28 @@ class _Replace(TorchFunctionMode):
         self.rewritten |= func in OTHER_BITS
         if func in REFUSED:
             return REFUSED[func](*args, **kwargs)
-        if func in ATTENTION:
-            self.rewritten = True
-            with sdpa_kernel(SDPBackend.MATH):
+        if func is ATTENTION:
+            return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:  # it calls attention where this mode does not listen
+            with everywhere(self._attention):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _attention(self, *args, **kwargs):
+        """Attention as training computes it, or, where that has no second derivative, its plain form."""
+        out = None if batched() else attention(*args, **kwargs)
+        if out is not None:
+            return out
+        self.rewritten = True
+        with sdpa_kernel(SDPBackend.MATH):
+            return ATTENTION(*args, **kwargs)
 
 
 def differentiable() -> _Replace:
     """Inside `with differentiable() as replace:`, operations can be differentiated twice.
 
-    Attention takes its plain form instead of a fused kernel, and recurrent layers are computed without
-    cuDNN. Afterwards `replace.rewritten` says whether an operation with other bits was among them.
+    On a GPU attention takes its plain form instead of a fused kernel, and recurrent layers are computed
+    without cuDNN. Afterwards `replace.rewritten` says whether an operation with other bits was among them.
     """
     return _Replace()
 

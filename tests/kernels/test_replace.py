@@ -65,6 +65,32 @@ OPERATIONS = {
 }
 
 
+def attend(x, **how):
+    """Attention of three heads over sequences made of x, with keys and values of lengths of their own."""
+    q, k = x, torch.cat([x[:, :, 1:].sin(), x.cos()], dim=2) if how.get("more") else x.sin()
+    how.pop("more", None)
+    return F.scaled_dot_product_attention(q, k, k * k - q.mean(), **how)
+
+
+MASK = torch.tensor([[True, True, True], [False, False, False], [True, False, True]])
+OPERATIONS |= {
+    "attention": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x)),
+    "attention, causal": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, is_causal=True)),
+    "attention, scaled": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, scale=0.3, more=True)),
+    "attention, mask with an empty row": ((1, 2, 3, 4), 0, lambda x, w, b: attend(x, attn_mask=MASK)),
+    "attention, bias": (
+        (1, 2, 3, 4),
+        0,
+        lambda x, w, b: attend(x, attn_mask=torch.eye(3, dtype=x.dtype, device=x.device)),
+    ),
+    "attention, shared heads": (
+        (1, 4, 3, 4),
+        0,
+        lambda x, w, b: F.scaled_dot_product_attention(x, x[:, ::2].sin(), x[:, 1::2].cos(), enable_gqa=True),
+    ),
+}
+
+
 def arguments(name, dtype=torch.float64):
     torch.manual_seed(0)
     shape, channels, f = OPERATIONS[name]
@@ -174,6 +200,34 @@ def test_a_frozen_affine_part(name):
             return torch.autograd.grad(f(x, w, b).pow(3).sum(), x, create_graph=True)[0]
 
     assert torch.autograd.gradcheck(first, (x,))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_inside_a_module_has_trainings_bits(need_weights):
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), randn(3, 5, 8)
+    plain, _ = layer(x, x, x, need_weights=need_weights)
+    g = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, [x, *layer.parameters()], g)
+    before = F.scaled_dot_product_attention
+    with differentiable() as replace:
+        value, _ = layer(x, x, x, need_weights=need_weights)
+    found = torch.autograd.grad(value, [x, *layer.parameters()], g, create_graph=True)
+    assert not replace.rewritten and F.scaled_dot_product_attention is before
+    assert all(torch.equal(a, b) for a, b in zip([plain, *expected], [value, *found], strict=True))
+    assert torch.autograd.grad(found[0].square().sum(), x)[0].abs().max() > 0
+
+
+def test_attention_that_drops_keeps_its_dice():
+    """With dropout PyTorch takes the plain kernel, which draws the same numbers here."""
+    torch.manual_seed(0)
+    q = randn(1, 2, 6, 4)
+    torch.manual_seed(1)
+    plain = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    torch.manual_seed(1)
+    with differentiable() as replace:
+        value = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    assert torch.equal(plain, value) and not replace.rewritten
 
 
 def test_each_replacement_is_tested():

@@ -1,0 +1,196 @@
+"""Scaled dot-product attention (Vaswani et al. 2017), with the second derivative in closed form.
+
+    S = σ q kᵀ + M,   P = softmax(S),   y = P v
+
+with σ the scale and M a mask that is added. PyTorch's fused kernels compute y and its gradient without ever
+holding P, and have no second derivative. Here they compute both, so that a trace has training's bits, and
+P is made again for the pull. Let g be the gradient of y, r the row sums of P∘(g vᵀ). The gradients are
+
+    D = P∘(g vᵀ − r),   ∂q = σ D k,   ∂k = σ Dᵀ q,   ∂v = Pᵀ g
+
+and cotangents a, b, c of these go, with E = σ (a kᵀ + q bᵀ), e the row sums of E∘P, and F = P∘(E − e),
+
+    to g: F v + P c                      to v: Fᵀ g
+    to q: σ (H k + D b)                  to k: σ (Hᵀ q + Dᵀ a)
+
+where H = P∘(G − row sums of P∘G) is what reaches S, and G = E∘(g vᵀ − r) − e (g vᵀ) + g cᵀ what reaches P.
+Where a group of query heads shares a head of keys and values (Ainslie et al. 2023), k, v, b and c are
+repeated for each of the group, and what goes to k and v is added up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.attention import SDPBackend
+
+from .higher_order import batched, further, shared
+
+aten = torch.ops.aten
+_PLAIN = F.scaled_dot_product_attention
+
+
+class _Way(NamedTuple):
+    """How attention is computed: the mask that is added, whether it is causal, the scale or None for 1/√E."""
+
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+
+
+class _Attention(Function):
+    """y = P v, by PyTorch's fused kernel for the CPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, way):
+        y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, way.causal, attn_mask=way.mask, scale=way.scale
+        )
+        ctx.way = way
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, y, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled() and not batched(g):
+            return *_AttentionBackward.apply(g, q, k, v, y.detach(), logsumexp, ctx.way), None
+        P = (
+            _weights(q, k, ctx.way)
+            if torch.is_grad_enabled()
+            else shared(ctx, lambda: _weights(q, k, ctx.way))
+        )
+        return *_gradients(g, q, k, v, ctx.way, P), None
+
+
+class _AttentionBackward(Function):
+    """∂q, ∂k and ∂v. The kernel's y and logsumexp are functions of q, k and v, and the closed form knows
+    that: no cotangent goes to them."""
+
+    @staticmethod
+    def forward(ctx, g, q, k, v, y, logsumexp, way):
+        ctx.way = way
+        ctx.save_for_backward(g, q, k, v)
+        ctx.set_materialize_grads(False)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, y, logsumexp, 0.0, way.causal, attn_mask=way.mask, scale=way.scale
+        )
+
+    @staticmethod
+    def backward(ctx, a, b, c):
+        g, q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *further(partial(_gradients, way=ctx.way), (g, q, k, v), a, b, c), None, None, None
+        group = _group(q, k)
+        k, v = _repeated(k, group), _repeated(v, group)
+        b, c = b if b is None else _repeated(b, group), c if c is None else _repeated(c, group)
+        P, D, to_P = shared(ctx, lambda: _parts(g, v, _weights(q, k, ctx.way)))
+        scale = _scale(q, ctx.way)
+        E = torch.zeros_like(P)
+        if a is not None:
+            E = E + scale * (a @ k.mT)
+        if b is not None:
+            E = E + scale * (q @ b.mT)
+        e = (E * P).sum(-1, keepdim=True)
+        G = E * (to_P - (P * to_P).sum(-1, keepdim=True)) - e * to_P
+        if c is not None:
+            G = G + g @ c.mT
+        H = P * (G - (P * G).sum(-1, keepdim=True))
+        inner = P * (E - e)
+        to_g, to_v, to_q, to_k = inner @ v, inner.mT @ g, H @ k, H.mT @ q
+        to_g = to_g if c is None else to_g + P @ c
+        to_q = to_q if b is None else to_q + D @ b
+        to_k = to_k if a is None else to_k + D.mT @ a
+        return to_g, scale * to_q, _added(scale * to_k, group), _added(to_v, group), None, None, None
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    """How many heads of queries share one of keys and values."""
+    return q.shape[-3] // k.shape[-3] if q.dim() > 2 else 1
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.repeat_interleave(group, -3)
+
+
+def _added(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.unflatten(-3, (-1, group)).sum(-3)
+
+
+def _scale(q: Tensor, way: _Way) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if way.scale is None else way.scale
+
+
+def _weights(q: Tensor, k: Tensor, way: _Way) -> Tensor:
+    """P; k may have fewer heads than q, or as many."""
+    S = _scale(q, way) * (q @ _repeated(k, _group(q, k)).mT)
+    if way.mask is not None:
+        S = S + way.mask
+    if way.causal:
+        S = S.masked_fill(S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    empty = S.isneginf().all(-1, keepdim=True)  # where all is masked, the kernel makes a row of zeros
+    return torch.where(empty, 0.0, torch.where(empty, 0.0, S).softmax(-1))
+
+
+def _parts(g: Tensor, v: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P, D and g vᵀ."""
+    to_P = g @ v.mT
+    return P, P * (to_P - (P * to_P).sum(-1, keepdim=True)), to_P
+
+
+def _gradients(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, way: _Way, P: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂q, ∂k and ∂v, by operations that PyTorch differentiates to any order, and batches."""
+    group, scale = _group(q, k), _scale(q, way)
+    k, v = _repeated(k, group), _repeated(v, group)
+    P, D, _ = _parts(g, v, _weights(q, k, way) if P is None else P)
+    return scale * (D @ k), _added(scale * (D.mT @ q), group), _added(P.mT @ g, group)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """F.scaled_dot_product_attention with training's bits, or None where only another form can be had.
+
+    PyTorch is asked which kernel it would choose. The plain one it can differentiate itself.
+    """
+    q, k, v = query, key, value
+    if q.device.type != "cpu":
+        return None
+    given = (q, k, v, attn_mask, dropout_p, is_causal)
+    if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
+        return _PLAIN(*given, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None and attn_mask.requires_grad:
+        return None
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return _Attention.apply(q, k, v, _Way(mask, is_causal, scale))
+
+
+@contextlib.contextmanager
+def everywhere(replacement: Callable) -> Iterator[None]:
+    """Inside, F.scaled_dot_product_attention is `replacement`, for functions of PyTorch that call it by that
+    name where no mode listens, as F.multi_head_attention_forward does."""
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = replacement
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
