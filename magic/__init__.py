@@ -5,21 +5,24 @@ scores = magic.attribute(run, measure)          # (K, n), exact
 scores.removal_effect([42])                     # predicted change of each measured output
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 
-The package has six wings. A module uses only what stands before it in this list:
+The package has six wings and a few modules beside them. A module uses only what stands before it in this
+list:
 
 show        tables and progress bars
 identity    is it the same run, to the bit and to the last line of its code?
 kernels     derivatives of a derivative that PyTorch lacks, has slowly, or cuts off
 training    a training run as a pure function of its data weights
 engine      REPLAY: the derivative of the whole run, from few states
-attribution, points, subsets    the scores; where the derivative is taken; which examples are left out
+subsets, points, saved, attribution    which examples are left out; where the derivative is taken; the scores
 evidence    is the prediction true? Train again, and see
 book        what the chapters share: data, models, plots, claims
 
 To see how `attribute()` works, read these files in this order, some nine hundred lines of code in all; each
 opens with what it is for. A run as a function: training/state, update, sgd, network, gradient, run. Its
-derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last attribution, which calls them. The
-others are checks, places and conveniences around these. Chapters 03 to 05 tell the same at leisure.
+derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last `attribute` in attribution, which
+calls them. It takes two hours; in the first one leave out proofs, the table of scores, and how a Run reads
+its arguments. The other files are checks, places and conveniences. Chapters 03 to 05 tell the same at
+leisure.
 """
 
 from . import _moved, points, subsets

@@ -217,7 +217,7 @@ def attribute(
     """The exact derivative of measure(trained model) with respect to every data weight.
 
     measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
-             eval mode. All K are differentiated together, as many in one replay as `memory` allows
+             eval mode. Of the K, as many are differentiated together as `memory` allows
     at       where to differentiate: None for w = 1, a number for all examples, an (n,) tensor, or
              "full", "centre", "path", "average" of `magic.points`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost

@@ -100,7 +100,8 @@ def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Pa
 def step_vjp(
     run: Run, state: State, cotangent: Cotangent, weights: Tensor, *, chunk: int = CHUNK
 ) -> tuple[Cotangent, Tensor]:
-    """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`.
+    """Pull ∂φ/∂s_{t+1} back through step t, taken at `state`: one step by itself, as chapter 04 does it. The
+    replay has traced its steps and calls `traced_vjp`.
 
     cotangent  that of s_{t+1}; each tensor has a leading axis K
     chunk      how many of the K targets are pulled back at once
@@ -153,7 +154,8 @@ def traced_vjp(
 
 
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
-    """The adjoint of each parameter's update, at the traced gradients; a plan does not change its bits."""
+    """The adjoint of each parameter's update, at the traced gradients. It has the same bits whether the slots
+    after the update are known from the trace or are computed again."""
     adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
     after = traced.after.slots if traced.after and traced.same_bits else {}
     return {

@@ -4,8 +4,14 @@ Engstrom et al. 2025, arXiv 2503.13751, section 3. The metagradient ∂φ(f(w))/
 states are recomputed from the few that are kept, last step first, and the cotangent ∂φ/∂s is pulled
 back through each. Targets go back together, so the recomputation is paid once for all of them.
 
-`reverse` is the loop of chapter 05. Around it, in plain order: `_Sweeps` goes down and back once for each
-group of targets, and `metagradient` opens the folder in which the work survives being killed.
+The way down is training, from step 0 to T; the way back pulls the cotangents from T to 0; one of each is a
+sweep. `reverse` is the loop of chapter 05, which makes one sweep. Around it, in plain order: `_Sweeps`
+makes one for each group of targets, and `metagradient` opens the folder in which the work survives being
+killed.
+
+A plan (`magic.plan`) has fixed four numbers from the memory that is given: the targets that go back in one
+sweep (`group`), those that are pulled through a step at once (`chunk`), and the states and the traces that
+are kept. Its schedule keeps every state if all fit, and is otherwise the binomial one.
 """
 
 from __future__ import annotations
@@ -101,19 +107,21 @@ def reverse(
 ) -> None:
     """Follow a schedule down and back: the loop of chapter 05.
 
-    turn      the last step, traced -> the cotangent that the way back begins with
+    turn      the step at which the way back begins, traced -> the cotangent that it begins with
     listener  hears of every step, and of every pull before and after it
     chunk     targets in flight at once, at most
 
     Invariant: before each action the current state is s_t of some t, with the bits of training. Alive are the
     states in the store, the current one, those that kept traces hold, and within an adjoint the one that its
     trace was made of. A current state that is not in the store may be lost: the schedule loads before it
-    steps again. Every trace is let go of before the next one is made, or as soon as its adjoint is done: a
-    trace is larger than a state, and one too many would break the budget.
+    steps again. A trace is larger than a state, so one that no `Trace` asked for is let go of as soon as its
+    adjoint is done, and those that were asked for are too, one by one.
 
-    The cotangent is None on the way down. The first adjoint is that of the last step, so the end of training
-    is found there, and `turn` measures it; from then on the cotangent is ∂φ/∂s_{t+1} before the adjoint of
-    step t, and ∂φ/∂s_t after it.
+    The cotangent is None until the first adjoint. That is the one of the last step, where `turn` finds the
+    end of training and measures it, or the one at which a way back goes on that was noted before. From then
+    on the cotangent is ∂φ/∂s_{t+1} before the adjoint of step t, and ∂φ/∂s_t after it. What a step adds to
+    the scores, (K, B), goes to the listeners: `Scores` adds it to the columns batches[t] of the (K, n)
+    result.
     """
     state, cotangent, traces = training.run.initial, None, {}
     for action in actions:
@@ -157,15 +165,19 @@ def metagradient(
     if folder is None:
         if 2 in planned.tier_of:
             raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
-        return _Sweeps(training, measure, planned).every(progress)
+        return _Sweeps(training, measure, planned).make_all(progress)
     what = f"a replay of {len(start)} targets, {fingerprints.fingerprint(start)} at the start"
     with Directory.open(folder.path, run, weights, what, measure, folder.trust) as opened:
         made = opened.choices({"group": planned.group, "chunk": planned.chunk})
-        return _Sweeps(training, measure, planned.regrouped(**made), opened).every(progress)
+        return _Sweeps(training, measure, planned.regrouped(**made), opened).make_all(progress)
 
 
 class _Sweeps:
-    """A replay at work: one way down and back for each group of targets, which goes on where it was noted."""
+    """A replay at work: a sweep for each group of targets, which goes on where it was noted.
+
+    `found` holds what is known so far: the outputs and scores, which targets are in work, and, on the way
+    back, the step that was reached and the cotangent there.
+    """
 
     def __init__(self, training: Training, measure: Callable, plan: Plan, folder: Directory | None = None):
         self.training, self.measure, self.plan, self.folder = training, measure, plan, folder
@@ -185,7 +197,7 @@ class _Sweeps:
         """The targets that go back together, from this one on."""
         return slice(start, min(start + self.plan.group, self.plan.targets))
 
-    def every(self, progress: bool) -> Replay:
+    def make_all(self, progress: bool) -> Replay:
         """Every sweep that is still to be made."""
         run, found, passed = self.run, self.found, self.training.passed
         sweeps = -(-(self.plan.targets - found.rows.start) // self.plan.group)
@@ -193,14 +205,14 @@ class _Sweeps:
         with determinism.alone(), bar(work, "differentiate", progress) as shown:
             self.listeners.append(Bar(shown))
             while found.rows.start < self.plan.targets:
-                self.one()
+                self.make_one()
         assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
         sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
         seen = health.Health(run.steps, sizes, passed.verified, found.witnessed)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
         return Replay(found.values, found.outputs, self.plan, seen, *peaks)
 
-    def one(self) -> None:
+    def make_one(self) -> None:
         """One way down and back, or the rest of one.
 
         In a folder there may be states of a process that was killed. The schedule then goes on from them and

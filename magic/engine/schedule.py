@@ -95,6 +95,7 @@ def repeats_of(blocks: int, slots: int) -> int:
 def binomial_split(steps: int, slots: int, repeats: int | None = None) -> int:
     """How many of `steps` steps Revolve passes before it saves; provably, no choice makes fewer extra steps.
 
+    To understand a replay you need not follow the proof. It goes like this.
     Let reach(s, r) = comb(s + 1 + r, s + 1). So many steps can be reversed with s states beside the first
     when none is advanced through more than r times. It is so by induction: the left part of a split is
     passed once to get to it, so r − 1 times are left for it, and in the right part one state fewer is free;

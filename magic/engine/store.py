@@ -57,8 +57,8 @@ class Store:
     kept      states that the last place, a Disk, holds from the start; they take no slot
 
     Invariant: a state that is saved takes the lowest slot that is free, and frees it when it is dropped.
-    `schedule.placed` follows the same rule. A plan relies on it: it put the busiest slots nearest by knowing,
-    before the work begins, which state will be in which slot.
+    A plan relies on it (`search.places`): it puts the busiest slots nearest, knowing before the work begins
+    which state will be in which slot.
     """
 
     def __init__(self, places: Sequence, tier_of: Sequence[int], kept: Iterable[int] = ()):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .update import Pull, Rule, Slots, before_the_rule
+from .update import Pull, Rule, Slots, pull_decay_and_sign
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -90,8 +90,8 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
         to_v.mul_(beta2)
         if decay != 0 and decoupled:
             to_param.mul_(1 - hyper["lr"] * decay)
-            return before_the_rule(to_param, to_grad, hyper | {"weight_decay": 0})
-        return before_the_rule(to_param, to_grad, hyper)
+            return pull_decay_and_sign(to_param, to_grad, hyper | {"weight_decay": 0})
+        return pull_decay_and_sign(to_param, to_grad, hyper)
 
     return pull
 

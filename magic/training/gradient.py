@@ -22,7 +22,8 @@ class Gradient:
 
     total      the weighted loss, a scalar
     by_name    parameter -> gradient, or None where the step does not use the parameter
-    buffers    the buffers after the forward pass, and the names of those that it wrote
+    buffers    the buffers after the forward pass
+    written    the names of those that it wrote
     same_bits  no operation was replaced by one with other bits
     escaped    ways on which a number that depends on the parameters may have left the graph
     """
@@ -47,6 +48,9 @@ def gradient(
     determinism.seed_step(run.seed, t)
     batch = run.batch(t)
     held = {name: x.clone() for name, x in buffers.items()}
+    # While the gradient is taken, a `detach` cuts, as in training. Afterwards, when `stops.pulling` is set,
+    # it is the identity: what it held fixed moves with the parameters from step to step. `stops.escapes`
+    # notes the ways on which a number may have left the graph unseen.
     stops = Stops(cuts=True, buffers=held.values())
 
     def weighted(model):

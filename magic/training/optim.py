@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,17 +80,21 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
 
 def _rule(kind: type) -> Rule | None:
     """The rule of an optimizer's class, or of one that is derived from it and adds nothing."""
-    base: Any  # a class, whose type does not say that it has a `step`
     for base in kind.__mro__:
         if base in RULES:
             return RULES[base]
         own = {name for name in vars(base) if not (name.startswith("__") and name.endswith("__"))}
         # PyTorch itself puts a profiled `step` into the class of the first optimizer that is made.
-        if inspect.unwrap(base.step) is inspect.unwrap(super(base, base).step):
+        if "step" in own and inspect.unwrap(vars(base)["step"]) in _steps(base.__mro__[1:]):
             own.discard("step")
         if own or "__init__" in vars(base) or "__setattr__" in vars(base):
             return None
     return None
+
+
+def _steps(classes: tuple[type, ...]) -> list[Callable]:
+    """The `step` of each class that has one of its own, as it was written."""
+    return [inspect.unwrap(vars(base)["step"]) for base in classes if "step" in vars(base)]
 
 
 def _check_options(group: dict) -> None:

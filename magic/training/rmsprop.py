@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, before_the_rule
+from .update import Pull, Slots, pull_decay_and_sign
 
 
 def rmsprop(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -70,6 +70,6 @@ def rmsprop_adjoint(
             to_mean = cotangent["grad_avg"].addcmul_(through, after["grad_avg"], value=-2)
             to_grad.add_(to_mean, alpha=1 - alpha)
             to_mean.mul_(alpha)
-        return before_the_rule(to_param, to_grad, hyper)
+        return pull_decay_and_sign(to_param, to_grad, hyper)
 
     return pull

@@ -39,8 +39,8 @@ class Run:
 
     model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
                changed. It trains in the mode (train or eval) each of its modules is in now.
-    optimizer  torch.optim.SGD, Adam or AdamW over its parameters; read, never stepped. A parameter group
-               of Adam may have "eps_root", added under the root, which torch.optim does not know
+    optimizer  torch.optim.SGD, Adam, AdamW or RMSprop over its parameters; read, never stepped. A group of
+               Adam may have "eps_root", added under the root, which torch.optim does not know
     data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
                its items are dicts, loss is given the batch as one dict
     loss       loss(model, *batch) -> (B,), one number per example
@@ -93,7 +93,7 @@ class Run:
         """T, the number of training steps."""
         return len(self.batches)
 
-    def train(self, weights=None, progress: bool = True, *, allow_negative: bool = False) -> State:
+    def train(self, weights=None, *, progress: bool = True, allow_negative: bool = False) -> State:
         """f(w): the final state. `weights` is (n,), or one number for all; None means 1.
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
@@ -199,6 +199,7 @@ class Run:
         """
         determinism.seed_step(self.seed, self.steps)
         named = [*self.network.module.named_parameters(), *self.network.module.named_buffers()]
+        # The copy shares these, since other tensors are put into their place anyway.
         shared = {id(x): x for name, x in named if name not in self.network.frozen}
         model = arguments.clean_copy(self.network.module, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
@@ -247,7 +248,9 @@ class Run:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
             group = hyper[self.group_of[name]]
             param, slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
-            if param.stride() != params[name].stride():  # axes of length 1; a layout chooses the kernel
+            # Strides may differ on axes of length 1, and then another kernel, with other rounding, may be
+            # chosen.
+            if param.stride() != params[name].stride():
                 param = torch.empty_like(params[name]).copy_(param)
             params[name] = param
         buffers = dict(state.buffers)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .update import Pull, Slots, before_the_rule
+from .update import Pull, Slots, pull_decay_and_sign
 
 
 def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -35,13 +35,13 @@ def sgd_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: S
     def pull(cotangent: dict[str, Tensor]) -> Tensor:
         to_param = cotangent["param"]
         if momentum == 0:
-            return before_the_rule(to_param, to_param * -lr, hyper)
+            return pull_decay_and_sign(to_param, to_param * -lr, hyper)
         to_buffer = cotangent["momentum_buffer"]
         to_buffer.add_(to_param, alpha=-lr * (momentum if nesterov else 1.0))
         to_grad = to_buffer * (1.0 if first else 1.0 - hyper["dampening"])
         if nesterov:
             to_grad.add_(to_param, alpha=-lr)
         to_buffer.mul_(momentum)
-        return before_the_rule(to_param, to_grad, hyper)
+        return pull_decay_and_sign(to_param, to_grad, hyper)
 
     return pull

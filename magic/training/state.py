@@ -93,7 +93,8 @@ class State(_Tensors):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cotangent(_Tensors):
-    """Δ_t = ∂φ/∂s_t for K targets: each tensor of the state with a leading axis K.
+    """Δ_t = ∂φ/∂s_t for K targets, where φ_k is the k-th number that the measure returns: each tensor of the
+    state with a leading axis K.
 
     buffers  only of those that training has written by then, and that are floating-point
     slots    only of those that are floating-point

@@ -6,14 +6,14 @@ the bits that `optimizer.step()` gives. `slots` are what the optimizer remembers
 PyTorch's names; they are empty before the first update.
 
 An update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all targets
-share. `adjoint(param, grad, slots, hyper, after)` computes these vectors and returns
+share. `adjoint(param, grad, slots, hyper, after)` computes these vectors, where there are any, and returns
 
     pull(cotangent) -> grad_cotangent
 
-which takes the cotangents of what the update returns, {"param": (rows, *shape), slot: (rows, *shape)}, turns
-them in place into those of what it took, and returns the gradient's. `after` is what the slots were after the
-update, or None where that is not known. A slot that the update made was not there before it, so nobody reads
-what is left in the place of its cotangent.
+which takes the cotangents of what the update returns, {"param": (K, *shape), slot: (K, *shape)} for K
+targets, turns them in place into those of what it took, and returns the gradient's. `after` is what the
+slots were after the update, or None where that is not known. A slot that the update created has no value
+before it; what the pull leaves in the place of its cotangent means nothing and is discarded.
 
 Each adjoint is derived line by line from its rule, which stands above it; the tests compare it with autograd
 of the rule.
@@ -30,8 +30,8 @@ Rule = Callable[..., tuple[Tensor, Slots]]
 Pull = Callable[[dict[str, Tensor]], Tensor]
 
 
-def before_the_rule(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
-    """The pull through what comes before a rule, g = ±grad + weight_decay · param.
+def pull_decay_and_sign(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:
+    """The pull through the gradient that a rule sees, g = ±grad + weight_decay · param.
 
     `to_grad` is the cotangent of g; `to_param` is added to in place. Returns the cotangent of grad.
     """

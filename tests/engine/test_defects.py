@@ -402,10 +402,22 @@ class Other(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_a_derived_optimizer():
+class Empty:
+    """A mixin without anything in it."""
+
+
+class Mixed(Empty, torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Same, Mixed])
+def test_a_derived_optimizer(kind):
     assert torch.equal(
-        scores(run_of(mlp(), optimizer=Same)), scores(run_of(mlp(), optimizer=torch.optim.SGD))
+        scores(run_of(mlp(), optimizer=kind)), scores(run_of(mlp(), optimizer=torch.optim.SGD))
     )
+
+
+def test_a_derived_optimizer_with_a_step_of_its_own():
     with pytest.raises(TypeError, match="Other is not known to magic"):
         run_of(mlp(), optimizer=Other)
 

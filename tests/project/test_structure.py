@@ -70,7 +70,7 @@ MORE_PARAMETERS = {
     "attribution.attribute": 9, "training.run.__init__": 8, "evidence.outputs.outputs": 7,
     "evidence.comparison.lds": 7, "engine.planning.plan": 7,
     "kernels.batch_norm.batch_norm": 8, "kernels.replace._torch_batch_norm": 9,
-    "kernels.pooling.avg_pool2d": 7, "kernels.convolution.conv": 7,
+    "kernels.pooling.avg_pool2d": 7, "kernels.convolution.conv": 7, "kernels.attention.attention": 8,
 }  # fmt: skip
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
