@@ -168,11 +168,17 @@ def attention(
 ) -> Tensor | None:
     """F.scaled_dot_product_attention with training's bits, or None where only another form can be had.
 
-    PyTorch is asked which kernel it would choose. The plain one it can differentiate itself.
+    PyTorch is asked which kernel it would choose. The plain one it can differentiate itself. Without a batch
+    it makes one of one, and so does this; of other shapes nothing is known here.
     """
     q, k, v = query, key, value
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         return None
+    if q.dim() == 3:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        mask = attn_mask.unsqueeze(0) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+        out = attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
+        return None if out is None else out.squeeze(0)
     given = (q, k, v, attn_mask, dropout_p, is_causal)
     if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
         return _PLAIN(*given, scale=scale, enable_gqa=enable_gqa)

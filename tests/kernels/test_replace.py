@@ -78,6 +78,11 @@ OPERATIONS |= {
     "attention, causal": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, is_causal=True)),
     "attention, scaled": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, scale=0.3, more=True)),
     "attention, mask with an empty row": ((1, 2, 3, 4), 0, lambda x, w, b: attend(x, attn_mask=MASK)),
+    "attention, one head": (
+        (2, 3, 4),
+        0,
+        lambda x, w, b: F.scaled_dot_product_attention(x, x.sin(), x.cos()),
+    ),
     "attention, bias": (
         (1, 2, 3, 4),
         0,
