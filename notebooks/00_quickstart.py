@@ -87,10 +87,9 @@ claim("the network reads at least 93 % of the test images right", accuracy >= 0.
 test_losses = loss(trained, x_test, y_test).detach()
 hardest = test_losses.argmax().item()
 said = trained(x_test[hardest : hardest + 1]).softmax(1)[0]
-plot.images(
-    x_test[hardest : hardest + 1],
-    [f"a {y_test[hardest]}, read as {said.argmax()}\nP({y_test[hardest]}) = {said[y_test[hardest]]:.2f}"],
-);
+label = y_test[hardest]
+title = f"a {label}, read as {said.argmax()}\nP({label}) = {said[label]:.2f}"
+plot.images(x_test[hardest : hardest + 1], [title]);
 
 # %% [markdown]
 # ## 3 · Differentiate the training
@@ -122,7 +121,9 @@ scores
 
 # %% tags=["nbval-ignore-output"]
 top = scores.top(target=0, k=6)
-titles = [f"{role}\na {y[i]}, τ = {score:+.2f}" for role, i, score, _ in top.itertuples(index=False)]
+titles = [
+    f"{role}\na {y[i]}, τ = {score:+.2f}" for role, i, score, _ in top.itertuples(index=False)
+]
 colors = [plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]]
 plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors);
 
@@ -134,8 +135,14 @@ plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors);
 # %%
 labels = y[top["index"].tolist()].tolist()
 right = y_test[hardest].item()
-claim("each of the six most helpful images has the right label", all(label == right for label in labels[:6]))
-claim("most of the six most harmful images have another", sum(label != right for label in labels[6:]) >= 4)
+claim(
+    "each of the six most helpful images has the right label",
+    all(label == right for label in labels[:6]),
+)
+claim(
+    "most of the six most harmful images have another",
+    sum(label != right for label in labels[6:]) >= 4,
+)
 
 # %% [markdown]
 # ## 5 · Take them away, and see
@@ -155,7 +162,11 @@ def predicted_and_true(without):
     return scores.removal_effect(without)[0].item(), true[0].item()
 
 
-sets = {"the most helpful image": helpful[:1], "the five most helpful": helpful[:5], "five at random": random_five}
+sets = {
+    "the most helpful image": helpful[:1],
+    "the five most helpful": helpful[:5],
+    "five at random": random_five,
+}
 effects = {name: predicted_and_true(without) for name, without in sets.items()}
 
 # %% tags=["nbval-ignore-output"]
@@ -165,7 +176,10 @@ for name, (predicted, true) in effects.items():
 
 # %%
 one, five, at_random = effects.values()
-claim("without the most helpful image the loss rises, as predicted within a fifth", abs(one[0] / one[1] - 1) < 0.2)
+claim(
+    "without the most helpful image the loss rises, as predicted within a fifth",
+    abs(one[0] / one[1] - 1) < 0.2,
+)
 claim("without the five most helpful it rises more than twice as much", five[1] > 2 * one[1] > 0)
 claim("five random images do not matter a tenth as much", abs(at_random[1]) < 0.1 * five[1])
 

@@ -68,7 +68,9 @@ def seeded(seed):
 
 def plain_training(start=0, order=0, drop=0, epochs=10, rate=0.1):
     torch.manual_seed(seeded(start).initial_seed())
-    model = torch.nn.Sequential(models.MLP((64, 128)), torch.nn.GELU(), torch.nn.Dropout(0.2), models.MLP((128, 10)))
+    model = torch.nn.Sequential(
+        models.MLP((64, 128)), torch.nn.GELU(), torch.nn.Dropout(0.2), models.MLP((128, 10))
+    )
     model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     shuffle = seeded(order)
@@ -101,9 +103,16 @@ def differences(**chance):
     }
 
 
-causes = {"nothing": {}, "the start": {"start": None}, "the order": {"order": None}, "dropout": {"drop": None}}
+causes = {
+    "nothing": {},
+    "the start": {"start": None},
+    "the order": {"order": None},
+    "dropout": {"drop": None},
+}
 with magic.determinism.fix():
-    table = pd.DataFrame({f"{name} left to chance": differences(**chance) for name, chance in causes.items()}).T
+    table = pd.DataFrame(
+        {f"{name} left to chance": differences(**chance) for name, chance in causes.items()}
+    ).T
 
 # %% tags=["nbval-ignore-output"]
 table
@@ -155,17 +164,20 @@ def distance_after_one_bit(rate, epochs=30):
     one = models.MLP((64, 128, 128, 10)).to(device)
     two = copy.deepcopy(one)
     with torch.no_grad():
-        two[1].weight[0, 30] = torch.nextafter(two[1].weight[0, 30], torch.tensor(torch.inf, device=device))
-    pair = [(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)) for model in (one, two)]
+        weight = two[1].weight[0, 30]
+        weight.copy_(torch.nextafter(weight, weight + 1))
+    both = [torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9) for net in (one, two)]
     distances = []
     for batch in magic.batches(len(x), 100, epochs):
-        for model, optimizer in pair:
+        for model, optimizer in zip((one, two), both, strict=True):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
-        gaps = [(p - q).square().sum() for p, q in zip(one.parameters(), two.parameters(), strict=True)]
+        pairs = zip(one.parameters(), two.parameters(), strict=True)
+        gaps = [(p - q).square().sum() for p, q in pairs]
         distances.append(sum(gaps).sqrt().item())
-    return distances, min((net(x_test).argmax(1) == y_test).float().mean().item() for net in (one, two))
+    right = [(net(x_test).argmax(1) == y_test).float().mean().item() for net in (one, two)]
+    return distances, min(right)
 
 
 with magic.determinism.fix():
@@ -173,15 +185,29 @@ with magic.determinism.fix():
 gap = {rate: distances for rate, (distances, _) in found.items()}
 
 # %% tags=["nbval-ignore-output"]
-frame = pd.DataFrame(gap).rename_axis("step").melt(ignore_index=False, var_name="rate", value_name="distance")
+frame = (
+    pd.DataFrame(gap)
+    .rename_axis("step")
+    .melt(ignore_index=False, var_name="rate", value_name="distance")
+)
 ax = plt.subplots(figsize=(6, 3.4))[1]
-sns.lineplot(frame.reset_index(), x="step", y="distance", hue="rate", palette="colorblind", errorbar=None, ax=ax)
-ax.set(yscale="log", title="Two runs that began one bit apart", ylabel="distance of the parameters");
-
+sns.lineplot(
+    frame.reset_index(),
+    x="step",
+    y="distance",
+    hue="rate",
+    palette="colorblind",
+    errorbar=None,
+    ax=ax,
+)
+ax.set(yscale="log", title="Two runs that began one bit apart", ylabel="distance of the parameters")
 print({rate: f"at least {worse:.1%} right" for rate, (_, worse) in found.items()})
 
 # %%
-claim("all four networks read at least 90 % of the test images right", min(a for _, a in found.values()) >= 0.9)
+claim(
+    "all four networks read at least 90 % of the test images right",
+    min(a for _, a in found.values()) >= 0.9,
+)
 claim("at rate .01 the two stay within a thousandth", gap[0.01][-1] < 1e-3)
 claim("at rate .3 they end a thousand times further apart", gap[0.3][-1] > 1000 * gap[0.01][-1])
 
@@ -226,7 +252,9 @@ def loss(model, x, y):
 
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(models.MLP((64, 128)), torch.nn.BatchNorm1d(128), torch.nn.GELU(), torch.nn.Dropout(0.2))
+model = torch.nn.Sequential(
+    models.MLP((64, 128)), torch.nn.BatchNorm1d(128), torch.nn.GELU(), torch.nn.Dropout(0.2)
+)
 model = model.append(torch.nn.Linear(128, 10)).to(device)
 order = magic.batches(len(x), size=100, epochs=5)
 run = magic.Run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), (x, y), loss, order, seed=7)
@@ -305,14 +333,20 @@ effect = test_losses(same, magic.retrain(same, without=without, progress=False))
 
 # %% tags=["nbval-ignore-output"]
 scale = {"std over 8 starts": by_seed.std(0), "|change| without 1 %": effect.abs()}
-frame = pd.DataFrame({name: value.cpu() for name, value in scale.items()}).melt(var_name="", value_name="test loss, one dot per image")
+frame = pd.DataFrame({name: value.cpu() for name, value in scale.items()}).melt(
+    var_name="", value_name="test loss, one dot per image"
+)
 ax = plt.subplots(figsize=(6, 2.4))[1]
-sns.stripplot(frame, x="test loss, one dot per image", y="", hue="", palette="colorblind", size=4, ax=ax)
+sns.stripplot(
+    frame, x="test loss, one dot per image", y="", hue="", palette="colorblind", size=4, ax=ax
+)
 ax.set(xscale="log", title="What the seed does, and what the data does");
 
 # %%
 ratio = (by_seed.std(0).median() / effect.abs().median()).item()
-claim("the start alone moves a test loss at least three times as much as 1 % of the data", ratio > 3)
+claim(
+    "the start alone moves a test loss at least three times as much as 1 % of the data", ratio > 3
+)
 again = test_losses(same, magic.retrain(same, without=without, progress=False)) - by_seed[0]
 agree("effect of removing 1 %, twice", again, effect)
 

@@ -127,7 +127,9 @@ plot.images(pictures, titles)
 ax = plt.subplots(figsize=(5, 3))[1]
 sns.lineplot(x=dial, y=curve, marker="o", ax=ax)
 ax.axvline(1, color=plot.NEUTRAL, linewidth=1)
-ax.set(xlabel="weight of training image 87", ylabel="loss of the test image", title="Nine trainings");
+ax.set(
+    xlabel="weight of training image 87", ylabel="loss of the test image", title="Nine trainings"
+);
 
 # %% [markdown]
 # A curve, without noise or jumps, and it falls: the more training image 87 counts, the smaller the loss.
@@ -201,7 +203,9 @@ def close(mine, reference):
 
 run = run_over(order)
 attribution = magic.attribute(run, measure_model, progress=False)
-claim("magic's scores are those of the unroll, to nine digits", close(attribution.values[0], scores))
+claim(
+    "magic's scores are those of the unroll, to nine digits", close(attribution.values[0], scores)
+)
 
 # %% [markdown]
 # Three independent ways, one answer. The finite differences agree to six digits, which is what a difference can
@@ -221,7 +225,11 @@ claim("magic's scores are those of the unroll, to nine digits", close(attributio
 
 # %%
 ranked = scores.argsort().tolist()
-chosen = {"most helpful": ranked[0], "in the middle": ranked[len(x) // 2], "most harmful": ranked[-1]}
+chosen = {
+    "most helpful": ranked[0],
+    "in the middle": ranked[len(x) // 2],
+    "most harmful": ranked[-1],
+}
 down = [0, 0.25, 0.5, 0.75, 1, 1.25]
 turned = {name: [retrained(i, weight) for weight in down] for name, i in chosen.items()}
 
@@ -241,10 +249,22 @@ axes[0].legend(fontsize=9, loc="upper right");
 removal = {name: (-scores[i].item(), turned[name][0] - output.item()) for name, i in chosen.items()}
 helpful, middle, harmful = removal.values()
 claim("the most helpful image is number 87", ranked[0] == 87)
-claim("without the most helpful image the loss rises, as predicted within a fifth", 0.8 < helpful[0] / helpful[1] < 1.2)
-claim("without the most harmful one it falls, as predicted within a fifth", 0.8 < harmful[0] / harmful[1] < 1.2)
-claim("without the one in the middle nothing happens that would matter", abs(middle[1]) < 0.01 * helpful[1])
-claim("the most helpful image has the test image's label", y[ranked[0]].item() == y_test[hardest].item())
+claim(
+    "without the most helpful image the loss rises, as predicted within a fifth",
+    0.8 < helpful[0] / helpful[1] < 1.2,
+)
+claim(
+    "without the most harmful one it falls, as predicted within a fifth",
+    0.8 < harmful[0] / harmful[1] < 1.2,
+)
+claim(
+    "without the one in the middle nothing happens that would matter",
+    abs(middle[1]) < 0.01 * helpful[1],
+)
+claim(
+    "the most helpful image has the test image's label",
+    y[ranked[0]].item() == y_test[hardest].item(),
+)
 
 # %% [markdown]
 # So the derivative says what removal does, with the right sign and nearly the right size. The distance between the
@@ -264,7 +284,7 @@ claim("the most helpful image has the test image's label", y[ranked[0]].item() =
 
 # %%
 class Meter(TorchDispatchMode):
-    """Bytes of all the storages that operations returned and that are still alive, and their peak."""
+    """Bytes of all storages that operations returned and that are still alive, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -301,7 +321,9 @@ def by_unrolling(order):
 
 def by_replay(order):
     run = run_over(order)
-    return magic.attribute(run, measure_model, progress=False, plan=magic.plan(run, states=6)).values[0]
+    return magic.attribute(
+        run, measure_model, progress=False, plan=magic.plan(run, states=6)
+    ).values[0]
 
 
 def under_the_meter(differentiate, order):
@@ -317,19 +339,36 @@ replayed = {T: under_the_meter(by_replay, long[:T]) for T in lengths}
 
 # %% tags=["nbval-ignore-output"]
 peaks = {"unroll": unrolled, "magic, 6 states": replayed}
-frame = pd.DataFrame({name: {T: peak / 1e6 for T, (_, peak) in found.items()} for name, found in peaks.items()})
-frame = frame.rename_axis("steps T").melt(ignore_index=False, var_name="", value_name="peak memory, MB").reset_index()
+frame = pd.DataFrame(
+    {name: {T: peak / 1e6 for T, (_, peak) in found.items()} for name, found in peaks.items()}
+)
+frame = (
+    frame.rename_axis("steps T")
+    .melt(ignore_index=False, var_name="", value_name="peak memory, MB")
+    .reset_index()
+)
 ax = plt.subplots(figsize=(5.4, 3.2))[1]
-sns.lineplot(frame, x="steps T", y="peak memory, MB", hue="", style="", markers=True, dashes=False, ax=ax)
+sns.lineplot(
+    frame, x="steps T", y="peak memory, MB", hue="", style="", markers=True, dashes=False, ax=ax
+)
 ax.set(title="Memory to differentiate a run of T steps", ylim=(0, None));
 
 # %%
-claim("the same scores, to nine digits, at each T", all(close(replayed[T][0], unrolled[T][0]) for T in lengths))
+claim(
+    "the same scores, to nine digits, at each T",
+    all(close(replayed[T][0], unrolled[T][0]) for T in lengths),
+)
 slopes = [(unrolled[b][1] - unrolled[a][1]) / (b - a) for a, b in pairwise(lengths)]
 claim("unrolled, each step more costs the same, within 5 %", max(slopes) < 1.05 * min(slopes))
 claim("a step's record is more than two states large", min(slopes) > 2 * run.initial.nbytes)
-claim("replayed, 80 steps take less than a third more than 10", replayed[80][1] < 1.33 * replayed[10][1])
-claim("the replay of 80 steps takes less than a quarter of their unroll", replayed[80][1] < unrolled[80][1] / 4)
+claim(
+    "replayed, 80 steps take less than a third more than 10",
+    replayed[80][1] < 1.33 * replayed[10][1],
+)
+claim(
+    "the replay of 80 steps takes less than a quarter of their unroll",
+    replayed[80][1] < unrolled[80][1] / 4,
+)
 
 # %% [markdown]
 # The same scores, one from memory that grows with $T$, one from memory that does not.
@@ -353,7 +392,10 @@ def record_of_one_step(net, x, y):
 
 
 net = models.ResNet9(width=64).to("meta")
-images, labels = torch.empty(250, 3, 32, 32, device="meta"), torch.zeros(250, dtype=torch.int64, device="meta")
+images, labels = (
+    torch.empty(250, 3, 32, 32, device="meta"),
+    torch.zeros(250, dtype=torch.int64, device="meta"),
+)
 per_step = record_of_one_step(net, images, labels)
 per_state = sum(tensor.nbytes for tensor in [*net.parameters(), *net.buffers()])
 

@@ -49,7 +49,9 @@ from magic.engine.adjoint import measure_vjp, step_vjp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 plot.style()
-warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)  # PyTorch's own, at the first use of forward mode
+warnings.filterwarnings(
+    "ignore", ".*torch.jit", FutureWarning
+)  # PyTorch's own, at the first use of forward mode
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plt.subplots(figsize=(7.8, 2.3))
@@ -94,7 +96,9 @@ x, x_test = x.double(), x_test.double()
 torch.manual_seed(0)
 model = models.MLP((64, 12, 10)).double().to(device)
 order = magic.batches(len(x), size=50, epochs=5, seed=0).to(device)
-weights = 0.5 + torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(device)
+weights = 0.5 + torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(
+    device
+)
 
 
 def loss(model, x, y):
@@ -108,7 +112,9 @@ def flat(tensors, axis=0):
 def losses(theta, x, y):
     named = dict(model.named_parameters())
     pieces = theta.split([p.numel() for p in named.values()])
-    params = {name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+    params = {
+        name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)
+    }
     return loss(lambda x: functional_call(model, params, (x,)), x, y)
 
 
@@ -117,7 +123,9 @@ def losses(theta, x, y):
 
 # %%
 rate, mu = 0.05, 0.9
-run = magic.Run(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order)
+run = magic.Run(
+    model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order
+)
 states = [run.initial]
 while states[-1].step < run.steps:
     states.append(run.step(states[-1], weights))
@@ -185,7 +193,9 @@ def gradient(theta, weight, batch, create_graph=False):
 
 g = gradient(theta, weight, batch, create_graph=True)
 theta_after = (theta - rate * g).detach().requires_grad_()
-after = torch.autograd.grad(phi(theta_after)[0], theta_after)[0]  # Δ', as if training ended with this step
+after = torch.autograd.grad(phi(theta_after)[0], theta_after)[
+    0
+]  # Δ', as if training ended with this step
 (product,) = torch.autograd.grad(g, theta, after, retain_graph=True)
 before = after - rate * product  # Δ
 
@@ -200,7 +210,9 @@ def sgd_step(theta, weight):
 
 
 def hessian_at(theta):
-    return torch.autograd.functional.hessian(lambda theta: objective(theta, weight.detach(), batch), theta.detach())
+    return torch.autograd.functional.hessian(
+        lambda theta: objective(theta, weight.detach(), batch), theta.detach()
+    )
 
 
 hessian = hessian_at(theta)
@@ -224,12 +236,20 @@ ax = plt.subplots(figsize=(5.6, 3))[1]
 for name, values in factors.items():
     sns.lineplot(x=range(1, len(values) + 1), y=values, label=name, errorbar=None, ax=ax)
 ax.axhline(1, color=plot.NEUTRAL, linewidth=1, zorder=0)
-ax.set(xscale="log", xlabel="direction, the most curved first", ylabel="factor 1 − ηλ", title="What one step does to a cotangent")
+ax.set(
+    xscale="log",
+    xlabel="direction, the most curved first",
+    ylabel="factor 1 − ηλ",
+    title="What one step does to a cotangent",
+)
 ax.set_xticks([1, 10, 100, 910], ["1", "10", "100", "910"]);
 
 # %%
 start, end = factors.values()
-claim("at the end, more than half of the directions keep within 1 % of 1", ((end - 1).abs() < 0.01).double().mean() > 0.5)
+claim(
+    "at the end, more than half of the directions keep within 1 % of 1",
+    ((end - 1).abs() < 0.01).double().mean() > 0.5,
+)
 claim("the most curved one shrinks by more than a fifth", end[0] < 0.8)
 claim("at the start there are directions that grow", start[-1] > 1.02)
 
@@ -256,9 +276,13 @@ claim("at the start there are directions that grow", start[-1] > 1.02)
 # the direction along (a Jacobian-vector product, `jvp`). Three ways to the same 50 numbers:
 
 # %%
-each = torch.func.jacrev(lambda theta: losses(theta, x[batch], y[batch]))(theta.detach())  # (B, 910)
+each = torch.func.jacrev(lambda theta: losses(theta, x[batch], y[batch]))(
+    theta.detach()
+)  # (B, 910)
 by_gradients = -rate * each @ after / len(batch)
-_, along = torch.func.jvp(lambda theta: losses(theta, x[batch], y[batch]), (theta.detach(),), (after,))
+_, along = torch.func.jvp(
+    lambda theta: losses(theta, x[batch], y[batch]), (theta.detach(),), (after,)
+)
 by_direction = -rate * along / len(batch)
 (in_weight,) = torch.autograd.grad(g, weight, after, retain_graph=True)
 by_double_backward = -rate * in_weight
@@ -286,7 +310,10 @@ def pull_gradient(theta, weight, batch, cotangent):
 
 # %%
 curved, scores = pull_gradient(theta, weight, batch, -rate * after)
-claim("plain SGD: the two boxes from one call", close(after + curved, before) and close(scores, by_double_backward))
+claim(
+    "plain SGD: the two boxes from one call",
+    close(after + curved, before) and close(scores, by_double_backward),
+)
 
 # %% [markdown]
 # ## 4 · Momentum
@@ -372,7 +399,10 @@ for name, by_hand, judge in zip(names, mine, reference, strict=True):
 
 # %%
 def pull_adamw(state, weight, batch, cotangent, lr, beta1, beta2, eps, decay):
-    """(Δ'_θ, Δ'_m, Δ'_v) -> (Δ_θ, Δ_m, Δ_v), and the batch's scores. `state` is (θ, m, v, updates done)."""
+    """(Δ'_θ, Δ'_m, Δ'_v) -> (Δ_θ, Δ_m, Δ_v), and the batch's scores.
+
+    `state` is (θ, m, v, updates done).
+    """
     (theta, m, v, done), (to_params, to_m, to_v) = state, cotangent
     alpha, c = lr / (1 - beta1 ** (done + 1)), (1 - beta2 ** (done + 1)) ** 0.5
     g = gradient(theta.detach().requires_grad_(), weight, batch)
@@ -399,7 +429,9 @@ def pull_adamw(state, weight, batch, cotangent, lr, beta1, beta2, eps, decay):
 
 # %%
 constants = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": 0.1}
-adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+adamw = torch.optim.AdamW(
+    model.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1
+)
 adam_run = magic.Run(model, adamw, (x, y), loss, order)
 adam_states = [adam_run.initial]
 while adam_states[-1].step < 22:
@@ -410,7 +442,9 @@ def measure(model):
     return loss(model, x_test[asked], y_test[asked])
 
 
-coming, _ = step_vjp(adam_run, adam_states[21], measure_vjp(adam_run, adam_states[22], measure), weights)
+coming, _ = step_vjp(
+    adam_run, adam_states[21], measure_vjp(adam_run, adam_states[22], measure), weights
+)
 going, scores = step_vjp(adam_run, adam_states[20], coming, weights)
 claim("K cotangents of 910 parameters each", flat(going.params, 1).shape == (4, 910))
 claim("K scores for each of the batch's 50 examples, and no others", scores.shape == (4, 50))
@@ -422,14 +456,23 @@ def slot(state, name, axis=0):
 
 
 def parts(cotangent):
-    return flat(cotangent.params, 1), slot(cotangent, "exp_avg", 1), slot(cotangent, "exp_avg_sq", 1)
+    return (
+        flat(cotangent.params, 1),
+        slot(cotangent, "exp_avg", 1),
+        slot(cotangent, "exp_avg_sq", 1),
+    )
 
 
 at = adam_states[20]
 here = flat(at.params), slot(at, "exp_avg"), slot(at, "exp_avg_sq"), 20
-rows = [pull_adamw(here, weight, batch, [part[k] for part in parts(coming)], **constants) for k in range(4)]
+rows = [
+    pull_adamw(here, weight, batch, [part[k] for part in parts(coming)], **constants)
+    for k in range(4)
+]
 mine = [torch.stack(column) for column in zip(*(cotangent for cotangent, _ in rows), strict=True)]
-for name, by_hand, magics in zip(["Δ of the parameters", "Δ of m", "Δ of v"], mine, parts(going), strict=True):
+for name, by_hand, magics in zip(
+    ["Δ of the parameters", "Δ of m", "Δ of v"], mine, parts(going), strict=True
+):
     agree(f"AdamW: {name}", by_hand, magics, tolerance=1e-9)
 one_by_one_scores = torch.stack([row for _, row in rows])
 agree("AdamW: scores", one_by_one_scores, scores, tolerance=1e-9)
@@ -510,7 +553,9 @@ params, buffer = flat(run.initial.params).requires_grad_(), 0.0
 for batch in order:
     buffer = mu * buffer + gradient(params, unrolled[batch], batch, create_graph=True)
     params = params - rate * buffer
-by_unroll = torch.stack([torch.autograd.grad(output, unrolled, retain_graph=True)[0] for output in phi(params)])
+by_unroll = torch.stack(
+    [torch.autograd.grad(output, unrolled, retain_graph=True)[0] for output in phi(params)]
+)
 attribution = magic.attribute(run, measure, at=weights, progress=False)
 
 claim("by hand, link by link: the scores of the unroll, to nine digits", close(values, by_unroll))
@@ -527,16 +572,24 @@ roles = dict.fromkeys(ranked[:3], "helpful") | dict.fromkeys(ranked[-3:], "harmf
 shown = frame[frame["image"].isin(list(roles))].assign(role=lambda f: f["image"].map(roles))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 left.plot(range(run.steps, 0, -1), torch.stack(size).cpu())
-left.set(xlabel="after step t", ylabel="size of the cotangent", title="Four cotangents on their way back", ylim=(0, None))
+left.set(
+    xlabel="after step t", ylabel="size of the cotangent",
+    title="Four cotangents on their way back", ylim=(0, None),
+)
 colors = {"helpful": plot.HELPFUL, "harmful": plot.HARMFUL}
-sns.lineplot(shown, x="step", y="added", hue="role", hue_order=list(colors), palette=colors, units="image", estimator=None, marker="o", ax=right)
+sns.lineplot(
+    shown, x="step", y="added", hue="role", hue_order=list(colors), palette=colors, units="image",
+    estimator=None, marker="o", ax=right,
+)
 right.axhline(0, color=plot.NEUTRAL, linewidth=1, zorder=0)
 right.legend(title="")
 right.set(ylabel="added to the score", title="Six training images, visit by visit");
 
 # %%
 signs = frame.assign(positive=frame["added"] > 0).groupby("image")["positive"].nunique()
-claim("more than half of the images help at one visit and harm at another", (signs == 2).mean() > 0.5)
+claim(
+    "more than half of the images help at one visit and harm at another", (signs == 2).mean() > 0.5
+)
 
 # %% [markdown]
 # Left, one line for each output, to be read from right to left: the cotangents shrink first and are larger again at the
@@ -553,12 +606,19 @@ claim("more than half of the images help at one visit and harm at another", (sig
 without = torch.zeros_like(values)
 cotangent = last, torch.zeros_like(last)
 for t in reversed(range(run.steps)):
-    (_, to_buffer), part = pull_momentum(flat(states[t].params), weights[order[t]], order[t], cotangent)
+    (_, to_buffer), part = pull_momentum(
+        flat(states[t].params), weights[order[t]], order[t], cotangent
+    )
     cotangent = last, to_buffer  # Δ of the parameters stays as it was at the end
     without.index_add_(1, order[t], part)
 
-correlations = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(without, values, strict=True)]
-claim("without the Hessian no output's scores correlate more than .8 with the true ones", max(correlations) < 0.8)
+correlations = [
+    torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(without, values, strict=True)
+]
+claim(
+    "without the Hessian no output's scores correlate more than .8 with the true ones",
+    max(correlations) < 0.8,
+)
 
 # %% tags=["nbval-ignore-output"]
 print("correlation, output by output:", [f"{value:+.2f}" for value in correlations])
@@ -587,7 +647,8 @@ print("correlation, output by output:", [f"{value:+.2f}" for value in correlatio
 
 # %%
 class Stop(torch.autograd.Function):
-    """The identity. Its derivative is 0 while gradients are taken, and 1 while these are differentiated."""
+    """The identity. Its derivative is 0 while gradients are taken, and 1 while these are
+    differentiated."""
 
     pulling = False
 
@@ -630,7 +691,9 @@ def run_with(objective):
     def loss(model, x, y):
         return objective(flat(dict(model.named_parameters())), x, y, torch.Tensor.detach)
 
-    return magic.Run(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order)
+    return magic.Run(
+        model, torch.optim.SGD(model.parameters(), lr=rate, momentum=mu), (x, y), loss, order
+    )
 
 
 # %%

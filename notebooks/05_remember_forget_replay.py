@@ -60,7 +60,9 @@ from magic.engine.timeline import draw
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
 plot.style()
-warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)  # PyTorch's own, at the first use of forward mode
+warnings.filterwarnings(
+    "ignore", ".*torch.jit", FutureWarning
+)  # PyTorch's own, at the first use of forward mode
 
 # %% [markdown]
 # ## 1 · Five words
@@ -122,9 +124,13 @@ print(draw(keep_nothing(12), 12))
 # %%
 for make in (keep_everything, keep_nothing):
     took = cost(make(200), 200)
-    print(f"{make.__name__:<16} states kept {took.peak_states:>4}   steps advanced {took.advanced:>7,}   extra {took.extra:>7,}")
+    kept = f"{make.__name__:<16} states kept {took.peak_states:>4}"
+    print(f"{kept}   steps advanced {took.advanced:>7,}   extra {took.extra:>7,}")
 
-claim("to keep nothing takes (T−1)(T−2)/2 extra steps", cost(keep_nothing(200), 200).extra == 199 * 198 // 2)
+claim(
+    "to keep nothing takes (T−1)(T−2)/2 extra steps",
+    cost(keep_nothing(200), 200).extra == 199 * 198 // 2,
+)
 
 # %% [markdown]
 # Two hundred states and no extra step, or one state and about twenty thousand. Everything interesting is in between.
@@ -268,7 +274,10 @@ def keep_tree(T, k):
 print(draw(keep_tree(24, 3), 24))
 
 # %%
-claim("action for action, magic.schedule.kary's", list(keep_tree(200, 3)) == list(schedule.kary(200, 3)))
+claim(
+    "action for action, magic.schedule.kary's",
+    list(keep_tree(200, 3)) == list(schedule.kary(200, 3)),
+)
 took = {k: cost(keep_tree(200, k), 200) for k in (2, 3, 6, 15, 200)}
 for k, c in took.items():
     print(f"k = {k:>3}   states kept {c.peak_states:>4}   extra steps {c.extra:>4}")
@@ -305,7 +314,10 @@ def fewest_steps(T, c):
     return min(m + fewest_steps(T - m, c - 1) + fewest_steps(m, c) for m in range(1, T))
 
 
-print(*(f"{c:>2} states: {fewest_steps(100, c):>5,} steps" for c in (1, 2, 3, 5, 7, 10, 20, 100)), sep="\n")
+print(
+    *(f"{c:>2} states: {fewest_steps(100, c):>5,} steps" for c in (1, 2, 3, 5, 7, 10, 20, 100)),
+    sep="\n",
+)
 
 # %% [markdown]
 # No search is needed, as Griewank and Walther found (2000, *Revolve*): count instead how long a run can be. Let $L(c, r)$ be the
@@ -319,7 +331,9 @@ print(*(f"{c:>2} states: {fewest_steps(100, c):>5,} steps" for c in (1, 2, 3, 5,
 
 # %%
 repeats, kept = range(0, 7), [1, 2, 3, 4, 8, 16, 32]
-longest = pd.DataFrame([[comb(c + r, c) for r in repeats] for c in kept], index=kept, columns=repeats)
+longest = pd.DataFrame(
+    [[comb(c + r, c) for r in repeats] for c in kept], index=kept, columns=repeats
+)
 longest.rename_axis(index="states", columns="repeats")
 
 # %%
@@ -351,18 +365,26 @@ claim("and binomial's", cost(schedule.binomial(10_000, 32), 10_000).advanced == 
 
 # %% tags=["nbval-ignore-output"]
 T = 10_000
+
+
+def points_of(costs):
+    return [c.peak_states for c in costs], [c.extra / T for c in costs]
+
+
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
 many = sorted({round(1.12**i) for i in range(12, 82)})
 left.plot(many, [(optimum(T, c) - T + 1) / T for c in many], color=plot.HELPFUL, label="optimum")
 trees = [cost(schedule.kary(T, k), T) for k in (2, 3, 4, 6, 10, 22, 100)]
-left.plot([c.peak_states for c in trees], [c.extra / T for c in trees], "o", color=plot.HARMFUL, label="tree, k = 2 … 100")
+left.plot(*points_of(trees), "o", color=plot.HARMFUL, label="tree, k = 2 … 100")
 pieces = [cost(keep_every(T, k), T) for k in (10, 30, 100, 300, 1000)]
-left.plot([c.peak_states for c in pieces], [c.extra / T for c in pieces], "s", color=plot.NEUTRAL, label="every k-th")
-left.set(xscale="log", xlabel="states kept", ylabel="extra steps per step", title=f"{T:,} steps", ylim=(0, 13))
+left.plot(*points_of(pieces), "s", color=plot.NEUTRAL, label="every k-th")
+left.set(xscale="log", xlabel="states kept", ylabel="extra steps per step")
+left.set(title=f"{T:,} steps", ylim=(0, 13))
 left.legend()
 lengths = [round(10 ** (i / 8)) for i in range(8, 57)]
 for c, shade in ((8, 0.35), (32, 0.65), (128, 1.0)):
-    right.plot(lengths, [(optimum(n, c) - n + 1) / n for n in lengths], color=plot.HELPFUL, alpha=shade, label=f"{c} states")
+    extra = [(optimum(n, c) - n + 1) / n for n in lengths]
+    right.plot(lengths, extra, color=plot.HELPFUL, alpha=shade, label=f"{c} states")
 right.set(xscale="log", xlabel="steps", title="The optimum, longer and longer runs")
 right.legend();
 
@@ -375,7 +397,10 @@ right.legend();
 # %%
 same = [c for c in trees if optimum(T, c.peak_states) - T + 1 < c.extra]
 claim("at equal memory the optimum takes fewer steps than each of the seven trees", len(same) == 7)
-claim("with 32 states, ten million steps take less than six extra steps each", optimum(10**7, 32) < 7 * 10**7)
+claim(
+    "with 32 states, ten million steps take less than six extra steps each",
+    optimum(10**7, 32) < 7 * 10**7,
+)
 
 # %% [markdown]
 # ## 7 · Do they really give the same?
@@ -406,14 +431,24 @@ frame = pd.DataFrame(
     {
         name: {
             "states kept": (took := cost(actions, 200)).peak_states,
-            "MB": took.peak_states * run.initial.nbytes * 3 / 1e6,  # parameters, and Adam's two moments
+            "MB": took.peak_states
+            * run.initial.nbytes
+            * 3
+            / 1e6,  # parameters, and Adam's two moments
             "extra steps": took.extra,
             "time, trainings": seconds[name] / training,
         }
         for name, actions in choices.items()
     }
 ).T
-frame.style.format({"states kept": "{:,.0f}", "MB": "{:,.1f}", "extra steps": "{:,.0f}", "time, trainings": "{:.1f}"})
+frame.style.format(
+    {
+        "states kept": "{:,.0f}",
+        "MB": "{:,.1f}",
+        "extra steps": "{:,.0f}",
+        "time, trainings": "{:.1f}",
+    }
+)
 
 # %% [markdown]
 # Most of the time is the four cotangents, which every schedule takes back once. With ten states of two hundred the
@@ -483,8 +518,14 @@ def cost_of(targets, memory):
     took, scores = timed(differentiate)
     _, _, peak = magic.engine.footprint.measured(differentiate, run.device)
     plan = scores.plan
-    kept = {"states": plan.states, "traces": plan.traces, "sweeps": plan.sweeps, "extra steps": plan.extra * plan.sweeps}
-    return {"targets": targets, "budget, MB": float(memory[:-2]), "peak, MB": peak / 1e6, **kept, "seconds": took}
+    kept = {
+        "states": plan.states, "traces": plan.traces, "sweeps": plan.sweeps,
+        "extra steps": plan.extra * plan.sweeps,
+    }
+    return {
+        "targets": targets, "budget, MB": float(memory[:-2]), "peak, MB": peak / 1e6, **kept,
+        "seconds": took,
+    }
 
 
 # %%
@@ -499,11 +540,19 @@ def plain_loop():
 
 budgets = {1: ("15MB", "25MB", "60MB", "1000MB"), 16: ("25MB", "1000MB")}
 measured = pd.DataFrame([cost_of(k, memory) for k, given in budgets.items() for memory in given])
-claim("the peak is within the budget, all six times", (measured["peak, MB"] <= measured["budget, MB"]).all())
+claim(
+    "the peak is within the budget, all six times",
+    (measured["peak, MB"] <= measured["budget, MB"]).all(),
+)
 
 # %% tags=["nbval-ignore-output"]
 plain = median(timed(plain_loop)[0] for _ in range(5))
-measured.assign(**{"plain loops": measured["seconds"] / plain, "per target": measured["seconds"] / plain / measured["targets"]}).round(2)
+measured.assign(
+    **{
+        "plain loops": measured["seconds"] / plain,
+        "per target": measured["seconds"] / plain / measured["targets"],
+    }
+).round(2)
 
 # %% [markdown]
 # The last column is the price of one exact row of scores, in plain training loops, training included. One row alone
@@ -541,7 +590,7 @@ class Mortal(magic.Run):
 
 mortal = Mortal(model, optimizer, (x, y), loss, order)
 folder, deaths, done = Path(tempfile.mkdtemp()), 0, None
-magic.engine.resume.EVERY = 0.1  # seconds between two notes; usually 10, which is more than this run takes
+magic.engine.resume.EVERY = 0.1  # seconds between two notes; usually 10, more than this run takes
 while done is None:
     fuse[0] = 200 + 50 * deaths
     try:
@@ -552,7 +601,9 @@ while done is None:
 # %%
 whole = magic.attribute(run, measure, progress=False, plan=done.plan, disk=tempfile.mkdtemp())
 claim("it died several times", deaths >= 2)
-claim("and the scores have the bits of a replay that did not", torch.equal(done.values, whole.values))
+claim(
+    "and the scores have the bits of a replay that did not", torch.equal(done.values, whole.values)
+)
 
 # %% [markdown]
 # (The tests do it with `kill -9`, in training, on the way down and on the way back.) What lies in the folder belongs to this run.
@@ -561,7 +612,9 @@ claim("and the scores have the bits of a replay that did not", torch.equal(done.
 # %%
 other = torch.optim.AdamW(model.parameters(), lr=2e-3)
 stranger = magic.Run(model, other, (x, y), loss, order)
-said = complaint(ValueError, lambda: magic.attribute(stranger, measure, progress=False, disk=folder))
+said = complaint(
+    ValueError, lambda: magic.attribute(stranger, measure, progress=False, disk=folder)
+)
 claim("another rate, another run: refused by name", "the optimizer or its hyper-parameters" in said)
 
 # %% [markdown]
@@ -658,7 +711,9 @@ direction = [torch.randn(p.shape, generator=dice).to(device) for p in values]
 
 
 def objective(params, weight):
-    losses = loss(lambda x: functional_call(model, dict(zip(names, params, strict=True)), (x,)), *batch)
+    losses = loss(
+        lambda x: functional_call(model, dict(zip(names, params, strict=True)), (x,)), *batch
+    )
     return (weight * losses).sum() / len(losses), losses
 
 
@@ -708,7 +763,14 @@ def flat(product):
 
 
 ways = [reverse_over_reverse, forward_over_reverse, reverse_over_forward]
-claim("four ways, one product, to five digits", all((flat(w(direction)) - flat(by_autograd(direction))).norm() < 1e-5 * flat(w(direction)).norm() for w in ways))
+claim(
+    "four ways, one product, to five digits",
+    all(
+        (flat(w(direction)) - flat(by_autograd(direction))).norm()
+        < 1e-5 * flat(w(direction)).norm()
+        for w in ways
+    ),
+)
 
 
 # %% [markdown]
@@ -740,7 +802,10 @@ def gradient():
 
 # %% tags=["nbval-ignore-output"]
 unit = typical(gradient)
-rows = {w.__name__.replace("_", " "): (typical(lambda w=w: w(direction)), typical(sixteen(w), 5)) for w in ways}
+rows = {
+    w.__name__.replace("_", " "): (typical(lambda w=w: w(direction)), typical(sixteen(w), 5))
+    for w in ways
+}
 rows["autograd, recorded once"] = typical(lambda: by_autograd(direction)), typical(one_by_one, 5)
 frame = pd.DataFrame(rows, index=["1 target", "16 targets, each"]).T / unit
 frame["16 targets, each"] /= 16

@@ -79,8 +79,8 @@ def measure(model):
 
 def run_of(layers, optimizer=torch.optim.SGD, seed=0, **options):
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Flatten(), *layers()).to(device).double()
-    return magic.Run(model, optimizer(model.parameters(), **options), (x, y), loss, order, seed=seed)
+    net = nn.Sequential(nn.Flatten(), *layers()).to(device).double()
+    return magic.Run(net, optimizer(net.parameters(), **options), (x, y), loss, order, seed=seed)
 
 
 def plain():
@@ -88,7 +88,8 @@ def plain():
 
 
 def normed(**options):
-    return [nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32, **options), nn.GELU(), nn.Linear(32, 10)]
+    norm = nn.BatchNorm1d(32, **options)
+    return [nn.Linear(64, 32, bias=False), norm, nn.GELU(), nn.Linear(32, 10)]
 
 
 def dropped():
@@ -97,7 +98,10 @@ def dropped():
 
 # %%
 RATE, EPS = 3e-3, 1e-4
-momentum, adam = {"lr": 0.05, "momentum": 0.9}, {"optimizer": torch.optim.Adam, "lr": RATE, "eps": EPS}
+momentum, adam = (
+    {"lr": 0.05, "momentum": 0.9},
+    {"optimizer": torch.optim.Adam, "lr": RATE, "eps": EPS},
+)
 runs = {
     "momentum": run_of(plain, **momentum),
     "Adam": run_of(plain, **adam),
@@ -123,14 +127,20 @@ def role(name):
 run = run_of(normed, **adam)
 state = run.step(run.initial, run.weights())
 flat = state.flatten()
-rows = [(role(name), str(v.dtype), 1, v.numel(), v.numel() * v.element_size()) for name, v in flat.items()]
+rows = [
+    (role(name), str(v.dtype), 1, v.numel(), v.numel() * v.element_size())
+    for name, v in flat.items()
+]
 table = pd.DataFrame(rows, columns=["role", "dtype", "tensors", "numbers", "bytes"])
 table.groupby(["role", "dtype"], sort=False).sum()
 
 # %%
 print(*[name for name in flat if "1.weight" in name], sep="\n")
 parameters = sum(v.nbytes for v in state.params.values())
-claim("the state takes more than three times the bytes of its parameters", 3 < state.nbytes / parameters < 3.1)
+claim(
+    "the state takes more than three times the bytes of its parameters",
+    3 < state.nbytes / parameters < 3.1,
+)
 
 # %% [markdown]
 # ## 2 · Restoring half a state
@@ -157,7 +167,10 @@ def without_slots(run, state):
 
 def without_count(run, state):
     zero = torch.zeros((), dtype=torch.int64)
-    slots = {name: (memory | {"step": zero} if memory else memory) for name, memory in state.slots.items()}
+    slots = {
+        name: (memory | {"step": zero} if memory else memory)
+        for name, memory in state.slots.items()
+    }
     return magic.State(state.params, state.buffers, slots, state.step)
 
 
@@ -168,9 +181,15 @@ HALF = 30
 
 def resumed(name, change):
     """How far from the uninterrupted run, in units of the way that it still had to go."""
-    run, true = runs[name], [torch.cat([p.flatten() for p in s.params.values()]) for s in states[name][HALF:]]
+    run, true = (
+        runs[name],
+        [torch.cat([p.flatten() for p in s.params.values()]) for s in states[name][HALF:]],
+    )
     again = states_of(run, change(run, states[name][HALF]))
-    gaps = [torch.cat([p.flatten() for p in s.params.values()]) - p for s, p in zip(again, true, strict=True)]
+    gaps = [
+        torch.cat([p.flatten() for p in s.params.values()]) - p
+        for s, p in zip(again, true, strict=True)
+    ]
     way = (true[-1] - true[0]).norm()
     right = (run.model(again[-1])(x_test).argmax(1) == y_test).double().mean().item()
     return [(gap.norm() / way).item() for gap in gaps], right, again[-1].fingerprint()
@@ -185,9 +204,13 @@ found = {
 gaps = {name: gaps for name, (gaps, *_) in found.items()}
 
 # %% tags=["nbval-ignore-output"]
-frame = pd.DataFrame(gaps, index=range(HALF, 61)).melt(ignore_index=False, var_name="", value_name="gap")
+frame = pd.DataFrame(gaps, index=range(HALF, 61)).melt(
+    ignore_index=False, var_name="", value_name="gap"
+)
 ax = plt.subplots(figsize=(6, 3.2))[1]
-sns.lineplot(frame.reset_index(), x="index", y="gap", hue="", palette="colorblind", errorbar=None, ax=ax)
+sns.lineplot(
+    frame.reset_index(), x="index", y="gap", hue="", palette="colorblind", errorbar=None, ax=ax
+)
 ax.set(xlabel="step", ylabel="distance / way still to go", ylim=(0, 0.7))
 ax.set_title("Resumed at step 30 with a part of the state missing")
 ax.legend(title=None, loc="upper left");
@@ -197,10 +220,16 @@ for name in ("momentum", "Adam"):
     *_, end = resumed(name, lambda run, state: state)
     claim(f"{name}, the whole state restored: the same bits", end == states[name][-1].fingerprint())
 far = {name: gap[-1] for name, gap in gaps.items()}
-claim("without the momentum buffer: off by more than 30 % of the way", far["momentum, buffer missing"] > 0.3)
+claim(
+    "without the momentum buffer: off by more than 30 % of the way",
+    far["momentum, buffer missing"] > 0.3,
+)
 claim("without m, v and the count: by more than 20 %", far["Adam, m, v and count missing"] > 0.2)
 claim("without the count alone: by more than 10 %", far["Adam, only the count missing"] > 0.1)
-claim("and all three read over 90 % of the test digits right", min(right for _, right, _ in found.values()) > 0.9)
+claim(
+    "and all three read over 90 % of the test digits right",
+    min(right for _, right, _ in found.values()) > 0.9,
+)
 
 # %% [markdown]
 # By accuracy nobody would notice. But they are other networks: what was resumed is not the run that was
@@ -214,12 +243,17 @@ claim("and all three read over 90 % of the test digits right", min(right for _, 
 run = run_of(lambda: normed(momentum=None), **momentum)
 true = states_of(run)
 half = true[HALF]
-forgotten = half.buffers | {"2.num_batches_tracked": torch.zeros_like(half.buffers["2.num_batches_tracked"])}
+forgotten = half.buffers | {
+    "2.num_batches_tracked": torch.zeros_like(half.buffers["2.num_batches_tracked"])
+}
 again = states_of(run, magic.State(half.params, forgotten, half.slots, HALF))[-1]
 gap = again.buffers["2.running_var"] - true[-1].buffers["2.running_var"]
 same = all(torch.equal(again.params[k], p) for k, p in true[-1].params.items())
 claim("the parameters end in the same bits", same)
-claim("the running variance is off by over 20 %", gap.norm() > 0.2 * true[-1].buffers["2.running_var"].norm())
+claim(
+    "the running variance is off by over 20 %",
+    gap.norm() > 0.2 * true[-1].buffers["2.running_var"].norm(),
+)
 
 # %% [markdown]
 # The parameters are untouched, because training mode does not read running statistics. The model in eval mode
@@ -268,7 +302,9 @@ def backward(name, forget=lambda cotangent: cotangent, given=lambda state: state
 def forget_slots(*forgotten):
     def forget(cotangent):
         slots = {
-            name: {slot: torch.zeros_like(d) if slot in forgotten else d for slot, d in memory.items()}
+            name: {
+                slot: torch.zeros_like(d) if slot in forgotten else d for slot, d in memory.items()
+            }
             for name, memory in cotangent.slots.items()
         }
         return dataclasses.replace(cotangent, slots=slots)
@@ -303,18 +339,25 @@ truth, errors = {name: finite_differences(run) for name, run in runs.items()}, {
 
 
 def error(name, left_out, scores):
-    errors[name, left_out] = ((scores[:, examples] - truth[name]).norm() / truth[name].norm()).item()
+    errors[name, left_out] = (
+        (scores[:, examples] - truth[name]).norm() / truth[name].norm()
+    ).item()
     return errors[name, left_out]
 
 
 # %%
 for name in runs:
-    claim(f"{name}: with nothing left out, exact to 1e-7", error(name, "nothing", backward(name)) < 1e-7)
+    claim(
+        f"{name}: with nothing left out, exact to 1e-7",
+        error(name, "nothing", backward(name)) < 1e-7,
+    )
 by_magic = magic.attribute(runs["Adam"], measure, progress=False).values
 gap = (backward("Adam") - by_magic).norm() / by_magic.norm()
 claim("the loop gives the scores of magic.attribute, to 1e-10", gap < 1e-10)
 lost = error("momentum", "the buffer b", backward("momentum", forget_slots("momentum_buffer")))
-claim("momentum without the buffer's cotangent: the scores are wrong by over 50 %", 0.5 < lost < 0.9)
+claim(
+    "momentum without the buffer's cotangent: the scores are wrong by over 50 %", 0.5 < lost < 0.9
+)
 
 # %% [markdown]
 # Less than the 90 % of the estimate, which assumed that $\Delta_p$ changes slowly. In the last steps of a run the
@@ -431,7 +474,10 @@ def path_sizes(name):
     run, rows = runs[name], []
     cotangent = measure_vjp(run, states[name][-1], measure)
     for state in reversed(states[name][:-1]):
-        terms = [{k: d.square().sum().item() for k, d in part.items()} for part in parts(name, state, cotangent)]
+        terms = [
+            {k: d.square().sum().item() for k, d in part.items()}
+            for part in parts(name, state, cotangent)
+        ]
         rows.append(pd.DataFrame(terms).sum().pow(0.5).rename(state.step))
         cotangent, _ = step_vjp(run, state, cotangent, run.weights())
     return pd.DataFrame(rows[::-1]).rename_axis("step")
@@ -454,11 +500,20 @@ axes[0].set_ylabel("size of the term in ∂φ/∂g");
 
 # %%
 last, middle = ({name: size.loc[t] for name, size in sizes.items()} for t in (59, 30))
-claim("in the last step nothing goes through the slots", all(s.drop("parameters").sum() == 0 for s in last.values()))
+claim(
+    "in the last step nothing goes through the slots",
+    all(s.drop("parameters").sum() == 0 for s in last.values()),
+)
 ratio = {name: s.drop("parameters").iloc[0] / s["parameters"] for name, s in middle.items()}
-claim("half-way, more than 6 times as much goes through b as through the parameters", 6 < ratio["momentum"] < 9)
+claim(
+    "half-way, more than 6 times as much goes through b as through the parameters",
+    6 < ratio["momentum"] < 9,
+)
 claim("and through Adam's m more than 6 times as much", 6 < ratio["Adam"] < 12)
-claim("through v, too, more than through the parameters", middle["Adam"]["slot v"] > middle["Adam"]["parameters"])
+claim(
+    "through v, too, more than through the parameters",
+    middle["Adam"]["slot v"] > middle["Adam"]["parameters"],
+)
 
 # %% [markdown]
 # In the last step the slots do not matter, since nobody reads them afterwards. Ten steps earlier most of what a
@@ -472,14 +527,26 @@ claim("through v, too, more than through the parameters", middle["Adam"]["slot v
 without_m = error("Adam", "m", backward("Adam", forget_slots("exp_avg")))
 without_v = error("Adam", "v", backward("Adam", forget_slots("exp_avg_sq")))
 without_both = error("Adam", "m and v", backward("Adam", forget_slots("exp_avg", "exp_avg_sq")))
-count = error("Adam", "the count t", backward("Adam", given=lambda state: without_count(runs["Adam"], state)))
+count = error(
+    "Adam", "the count t", backward("Adam", given=lambda state: without_count(runs["Adam"], state))
+)
 claim("without m: wrong by more than 100 %", without_m > 1)
 claim("without v: by more than 30 %", without_v > 0.3)
-claim("without both: by more than 30 %, and less than without m alone", 0.3 < without_both < without_m)
-claim("with both, but the step count of the replayed states forgotten: by more than 30 %", count > 0.3)
+claim(
+    "without both: by more than 30 %, and less than without m alone", 0.3 < without_both < without_m
+)
+claim(
+    "with both, but the step count of the replayed states forgotten: by more than 30 %", count > 0.3
+)
 
 # %% tags=["nbval-ignore-output"]
-print({what: f"{value:.0%}" for (name, what), value in errors.items() if name == "Adam" and what != "nothing"})
+print(
+    {
+        what: f"{value:.0%}"
+        for (name, what), value in errors.items()
+        if name == "Adam" and what != "nothing"
+    }
+)
 
 # %% [markdown]
 # Forgetting $m$ alone is worse than forgetting everything. The reason is in the formula: multiply all
@@ -513,11 +580,16 @@ bags = F.one_hot(grey + 17 * torch.arange(64, device=device), 17 * 64).sum(1).do
 bags, bags_test = bags[: len(x)], bags[len(x) :]
 torch.manual_seed(0)
 words = nn.Linear(17 * 64, 10, bias=False).to(device).double()  # a bag times a table of embeddings
-run = magic.Run(words, torch.optim.Adam(words.parameters(), lr=RATE, eps=EPS), (bags, y), loss, order[:10])
+run = magic.Run(
+    words, torch.optim.Adam(words.parameters(), lr=RATE, eps=EPS), (bags, y), loss, order[:10]
+)
 never, once = ((bags.sum(0) == k).nonzero()[:, 0] for k in (0, 1))
 end = run.train(progress=False)
 v = end.slots["weight"]["exp_avg_sq"]
-claim("over 200 words never occur, and their v is exactly 0", len(never) > 200 and (v[:, never] == 0).all())
+claim(
+    "over 200 words never occur, and their v is exactly 0",
+    len(never) > 200 and (v[:, never] == 0).all(),
+)
 
 # %% [markdown]
 # Differentiate the same ten steps by plain autograd, through Adam's formula as it stands. Only the square root
@@ -576,7 +648,9 @@ agree("∂p'/∂g at 0, finite difference", diagonals(zero, zero, zero, 1)["g"],
 # %%
 word = once[0].item()
 owner = bags[:, word].nonzero()[0, 0].item()
-longer = magic.Run(words, torch.optim.Adam(words.parameters(), lr=RATE, eps=EPS), (bags, y), loss, order)
+longer = magic.Run(
+    words, torch.optim.Adam(words.parameters(), lr=RATE, eps=EPS), (bags, y), loss, order
+)
 
 
 def moved_at(weight):
@@ -587,7 +661,10 @@ def moved_at(weight):
 
 
 way = {weight: moved_at(weight) for weight in (1.0, 0.5, 0.1, 0.0)}
-claim("at half its weight the image moves its word as far, within 5 %", abs(way[0.5] / way[1.0] - 1) < 0.05)
+claim(
+    "at half its weight the image moves its word as far, within 5 %",
+    abs(way[0.5] / way[1.0] - 1) < 0.05,
+)
 claim("at a tenth of its weight, still more than half as far", way[0.1] > 0.5 * way[1.0])
 claim("at weight 0 the word does not move", way[0.0] == 0)
 
@@ -646,7 +723,10 @@ with magic.determinism.fix():
 claim("whatever the generator's past: the same bits", one.fingerprint() == two.fingerprint())
 claim("another seed: another state", other.fingerprint() != one.fingerprint())
 lost = error("dropout", "its random numbers", backward("dropout", by=reseeded))
-claim("the right states, pulled back with other dropout masks: scores wrong by more than 30 %", lost > 0.3)
+claim(
+    "the right states, pulled back with other dropout masks: scores wrong by more than 30 %",
+    lost > 0.3,
+)
 
 # %% [markdown]
 # The last line is what happens to a replay that restores parameters, buffers and slots, and forgets the generator.
@@ -711,7 +791,10 @@ class WarmUpInState(nn.Module):
 run = run_of(lambda: [nn.Linear(64, 10), WarmUpInState()], **momentum)
 true = states_of(run)
 print({name: int(value) for name, value in true[5].buffers.items()})
-claim("restored at step 5, the same end", states_of(run, true[5])[-1].fingerprint() == true[-1].fingerprint())
+claim(
+    "restored at step 5, the same end",
+    states_of(run, true[5])[-1].fingerprint() == true[-1].fingerprint(),
+)
 
 # %% [markdown]
 # ## Everything that we left out
@@ -724,15 +807,26 @@ shown = sorted(errors.items(), key=lambda item: (item[0][1] != "nothing", item[1
 labels = [f"{name}: {what}" for (name, what), _ in shown] + ["Adam on words: slope 0 of √v at 0"]
 ax = plt.subplots(figsize=(7, 4.2))[1]
 ax.axvline(1, color=plot.NEUTRAL, linewidth=1)
-beside = {"ha": "right", "va": "center", "fontsize": 9, "color": "#555555", "backgroundcolor": "white"}
+beside = {
+    "ha": "right",
+    "va": "center",
+    "fontsize": 9,
+    "color": "#555555",
+    "backgroundcolor": "white",
+}
 for row, ((_, what), value) in enumerate(shown):
-    ax.scatter(value, row, s=60, color=plot.HELPFUL if what == "nothing" else plot.HARMFUL, zorder=3)
+    ax.scatter(
+        value, row, s=60, color=plot.HELPFUL if what == "nothing" else plot.HARMFUL, zorder=3
+    )
     if what != "nothing":
         ax.text(0.1, row, f"{value:.0%}", **beside)
 ax.text(0.1, len(shown), "not a number", **beside)
 ax.set_yticks(range(len(labels)), labels)
 ax.set(xscale="log", xlim=(1e-11, 20), ylim=(len(shown) + 0.7, -0.7))
-ax.set(xlabel="relative error of the scores (the line: 100 %)", title="What was left out of the derivative");
+ax.set(
+    xlabel="relative error of the scores (the line: 100 %)",
+    title="What was left out of the derivative",
+);
 
 # %%
 exact = [value for (_, what), value in errors.items() if what == "nothing"]

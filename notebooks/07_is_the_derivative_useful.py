@@ -45,7 +45,9 @@ from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore", message=".*powers of ten.*|.*could not be checked.*")  # of rough runs, which we make on purpose
+warnings.filterwarnings(
+    "ignore", message=".*powers of ten.*|.*could not be checked.*"
+)  # of rough runs, which we make on purpose
 plot.style()
 
 # %% [markdown]
@@ -58,7 +60,7 @@ x, y, x_test, y_test = (part.to(device) for part in data.digits(train=800, test=
 
 
 class Net(nn.Sequential):
-    """Two convolutions and a linear layer. `norm`: "before" the activation, "after" it, or "none"."""
+    """Two convolutions, a linear layer. `norm`: "before" the activation, "after" it, or "none"."""
 
     def __init__(self, width=16, activation=nn.GELU, norm="before", pool=nn.AvgPool2d, scale=1.0):
         layers = []
@@ -80,8 +82,11 @@ def loss(model, x, y):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def recipe(rate=0.05, momentum=0.9, size=100, epochs=8, falls=True, decay=0.0, eps=None, eps_root=0.0, **net):
-    """SGD, or AdamW if `eps` is given; a rate that rises and then falls to zero, or a constant one."""
+def recipe(
+    rate=0.05, momentum=0.9, size=100, epochs=8, falls=True, decay=0.0, eps=None, eps_root=0.0,
+    **net,
+):
+    """SGD, or AdamW if `eps` is given; a rate that rises and falls to zero, or a constant one."""
     torch.manual_seed(0)
     model = Net(**net).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
@@ -126,7 +131,13 @@ for ax, (name, found) in zip(axes, paths.items(), strict=True):
     slope = (scores[name].values @ way.to(device)).cpu()
     k = found.std(0).argmax()
     ax.plot(1 - lengths, found[:, k], marker="o", markersize=4, color=plot.HELPFUL, label="trained")
-    ax.plot(1 - lengths, found[0, k] + lengths * slope[k], color=plot.HARMFUL, linestyle="--", label="tangent at 1")
+    ax.plot(
+        1 - lengths,
+        found[0, k] + lengths * slope[k],
+        color=plot.HARMFUL,
+        linestyle="--",
+        label="tangent at 1",
+    )
     ax.set(xlabel="weight of the eight images", ylabel=f"loss of test image {k}", title=name)
     ax.invert_xaxis()
     ax.legend(fontsize=8)
@@ -135,10 +146,17 @@ for ax, (name, found) in zip(axes, paths.items(), strict=True):
 # %%
 def roughness(curve):
     """Second differences against first: 0 for a straight line."""
-    return (curve.diff(dim=0).diff(dim=0).abs().mean(0) / curve.diff(dim=0).abs().mean(0)).mean().item()
+    return (
+        (curve.diff(dim=0).diff(dim=0).abs().mean(0) / curve.diff(dim=0).abs().mean(0))
+        .mean()
+        .item()
+    )
 
 
-claim("the kinked training is at least ten times as rough", roughness(paths["ReLU, maximum pooling"]) > 10 * roughness(paths["GELU, average pooling"]))
+claim(
+    "the kinked training is at least ten times as rough",
+    roughness(paths["ReLU, maximum pooling"]) > 10 * roughness(paths["GELU, average pooling"]),
+)
 
 # %% [markdown]
 # Both tangents are right, to rounding, *at* 1. The right-hand one is right on a piece of curve that ends before we see it: at some weight a ReLU turns off or
@@ -165,7 +183,9 @@ def smooth(run, v, h=0.5):
 
 
 mine = torch.stack([smooth(run, way) for run in (base, kinked)]).cpu()
-theirs = torch.tensor([smoothness.metasmoothness(run, way) for run in (base, kinked)], dtype=torch.float64)
+theirs = torch.tensor(
+    [smoothness.metasmoothness(run, way) for run in (base, kinked)], dtype=torch.float64
+)
 agree("metasmoothness", mine, theirs)
 claim("ours is above .99", mine[0] > 0.99)
 claim("with kinks it is below .5", mine[1] < 0.5)
@@ -208,11 +228,21 @@ def accuracy(model):
 
 
 found = smoothness.survey(runs, accuracy, count=2)
-judged = ["as it is", "rate × 4", "no momentum, rate × 10", "width ÷ 4", "ReLU", "maximum pooling", "logits × 1/8, rate × 8"]
+judged = [
+    "as it is",
+    "rate × 4",
+    "no momentum, rate × 10",
+    "width ÷ 4",
+    "ReLU",
+    "maximum pooling",
+    "logits × 1/8, rate × 8",
+]
 judged += ["constant rate", "AdamW, eps 1e-8", "AdamW, eps 1e-3"]
 exact = {name: magic.attribute(runs[name], measure, progress=False) for name in judged}
 for name in judged:
-    found.loc[name, "LDS"] = magic.lds(exact[name], drop=0.01, subsets=16, progress=False, jobs=1).mean
+    found.loc[name, "LDS"] = magic.lds(
+        exact[name], drop=0.01, subsets=16, progress=False, jobs=1
+    ).mean
 
 # %% tags=["nbval-ignore-output"]
 found.round(3)
@@ -222,23 +252,37 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4), width_ratios=[1.25,
 order = found.sort_values("metasmoothness").index
 left.hlines(range(len(order)), found["low"][order], found["high"][order], color=plot.NEUTRAL)
 left.scatter(found["metasmoothness"][order], range(len(order)), color=plot.HELPFUL, zorder=3, s=22)
-left.set_yticks(range(len(order)), [f"{name}  ({found['accuracy'][name]:.0%})" for name in order], fontsize=8)
+left.set_yticks(
+    range(len(order)), [f"{name}  ({found['accuracy'][name]:.0%})" for name in order], fontsize=8
+)
 left.set(xlabel="metasmoothness; in brackets, accuracy", title="One knob at a time")
 sns.scatterplot(found.dropna(), x="metasmoothness", y="LDS", ax=right, color=plot.HELPFUL, s=40)
 for name in ("as it is", "ReLU", "maximum pooling", "constant rate"):
-    right.annotate(name, (found["metasmoothness"][name], found["LDS"][name]), xytext=(4, -10), textcoords="offset points", fontsize=8)
+    right.annotate(
+        name,
+        (found["metasmoothness"][name], found["LDS"][name]),
+        xytext=(4, -10),
+        textcoords="offset points",
+        fontsize=8,
+    )
 right.set(title="What it says of predictions", xlim=(None, 1.3));
 
 # %%
-smoothest = found["metasmoothness"]
-claim("ReLU and maximum pooling are the two roughest", set(smoothest.nsmallest(2).index) == {"ReLU", "maximum pooling"})
-claim("maximum pooling predicts worst of those judged", found["LDS"].idxmin() == "maximum pooling")
-claim("all judged with a metasmoothness below .9 have an LDS below .95", found["LDS"][found["metasmoothness"] < 0.9].max() < 0.95)
-claim("a rate that falls to zero predicts better than a constant one", found["LDS"]["as it is"] > found["LDS"]["constant rate"])
-claim("Adam with a larger eps is smoother", smoothest["AdamW, eps 1e-3"] > smoothest["AdamW, eps 1e-8"])
-claim("and so it is with eps_root", smoothest["AdamW, eps_root 1e-6"] > smoothest["AdamW, eps 1e-8"])
-claim("small logits alone cost accuracy: at least a tenth", found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8"] > 0.1)
-claim("with the rate raised it is back, to 3 %", abs(found["accuracy"]["as it is"] - found["accuracy"]["logits × 1/8, rate × 8"]) < 0.03)
+smoothest, LDS, right = found["metasmoothness"], found["LDS"], found["accuracy"]
+roughest = set(smoothest.nsmallest(2).index)
+claim("ReLU and maximum pooling are the two roughest", roughest == {"ReLU", "maximum pooling"})
+claim("maximum pooling predicts worst of those judged", LDS.idxmin() == "maximum pooling")
+rough = LDS[smoothest < 0.9].max()
+claim("all judged with a metasmoothness below .9 have an LDS below .95", rough < 0.95)
+falling, constant = LDS["as it is"], LDS["constant rate"]
+claim("a rate that falls to zero predicts better than a constant one", falling > constant)
+usual = smoothest["AdamW, eps 1e-8"]
+claim("Adam with a larger eps is smoother", smoothest["AdamW, eps 1e-3"] > usual)
+claim("and so it is with eps_root", smoothest["AdamW, eps_root 1e-6"] > usual)
+small = right["as it is"] - right["logits × 1/8"]
+claim("small logits alone cost accuracy: at least a tenth", small > 0.1)
+raised = right["as it is"] - right["logits × 1/8, rate × 8"]
+claim("with the rate raised it is back, to 3 %", abs(raised) < 0.03)
 
 # %% [markdown]
 # What we see:
@@ -258,9 +302,15 @@ claim("with the rate raised it is back, to 3 %", abs(found["accuracy"]["as it is
 # cosine says so. It takes two replays, and it is blind to kinks:
 
 # %%
-cosine = {name: smoothness.similarity(runs[name], measure, way).mean().item() for name in ("as it is", "ReLU", "rate × 4")}
+cosine = {
+    name: smoothness.similarity(runs[name], measure, way).mean().item()
+    for name in ("as it is", "ReLU", "rate × 4")
+}
 claim("ReLU: the scores hardly turn, the cosine is above .97", cosine["ReLU"] > 0.97)
-claim("and yet they predict worse than those of the fourfold rate, which turn more", cosine["rate × 4"] < cosine["ReLU"] and found["LDS"]["ReLU"] < found["LDS"]["rate × 4"])
+claim(
+    "and yet they predict worse than those of the fourfold rate, which turn more",
+    cosine["rate × 4"] < cosine["ReLU"] and found["LDS"]["ReLU"] < found["LDS"]["rate × 4"],
+)
 
 # %% [markdown]
 # The tangents on the two sides of a jump are parallel, and the jump is in neither. So: metasmoothness for what is *between* the points, the cosine for how far a
@@ -271,7 +321,11 @@ claim("and yet they predict worse than those of the fourfold rate, which turn mo
 # With `smoothness.survey` one looks before paying for a derivative: some trainings for each recipe, and the choice is a line through a plane.
 
 # %%
-grid = {f"rate {rate:g}, {epochs} epochs": recipe(rate=rate, epochs=epochs) for rate in (0.02, 0.05, 0.1) for epochs in (4, 8)}
+grid = {
+    f"rate {rate:g}, {epochs} epochs": recipe(rate=rate, epochs=epochs)
+    for rate in (0.02, 0.05, 0.1)
+    for epochs in (4, 8)
+}
 table = smoothness.survey(grid, accuracy, count=2).sort_values("accuracy", ascending=False)
 good = table[table["metasmoothness"] > 0.99]
 claim("there is a recipe above 95 % with metasmoothness above .99", good["accuracy"].max() > 0.95)

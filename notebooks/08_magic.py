@@ -113,7 +113,9 @@ accuracy = right.double().mean().item()
 claim("the network gets at least 78 % of the test images right", accuracy >= 0.78)
 
 # %% tags=["nbval-ignore-output"]
-print(f"{DATA}: {len(x):,} images, {run.steps} steps, {accuracy:.1%} right on {len(x_test):,} others")
+print(
+    f"{DATA}: {len(x):,} images, {run.steps} steps, {accuracy:.1%} right on {len(x_test):,} others"
+)
 run
 
 # %% [markdown]
@@ -146,9 +148,17 @@ for k, i in enumerate(asked):
     answer = said[i].argmax().item()
     top = scores.top(target=k, k=4)
     pictures += [x_test[i], *x[top["index"].tolist()]]
-    verdict = classes[y_test[i]] if right[i] else f"{classes[y_test[i]]},\nread as {classes[answer]}"
-    titles += [f"test {i}: {verdict}", *[f"{classes[y[j]]}\n{s:+.3f}" for j, s in zip(top["index"], top["score"], strict=True)]]
-    colors += ["black", *[plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]]]
+    verdict = (
+        classes[y_test[i]] if right[i] else f"{classes[y_test[i]]},\nread as {classes[answer]}"
+    )
+    titles += [
+        f"test {i}: {verdict}",
+        *[f"{classes[y[j]]}\n{s:+.3f}" for j, s in zip(top["index"], top["score"], strict=True)],
+    ]
+    colors += [
+        "black",
+        *[plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["role"]],
+    ]
 plot.images(torch.stack(pictures), titles, columns=9, colors=colors);
 
 # %% [markdown]
@@ -161,12 +171,20 @@ helpers, harmers = y[order[:, :20]], y[order[:, -20:]]
 same = (helpers == y_test[asked][:, None]).double().mean().item()
 other = (harmers != y_test[asked][:, None]).double().mean().item()
 fallen_for = (harmers[3:] == said[wrong].argmax(1)[:, None]).double().mean().item()
-claim("of the twenty most helpful, at least half have the test image's label (a tenth by chance)", same >= 0.5)
+claim(
+    "of the twenty most helpful, at least half have the test image's label (a tenth by chance)",
+    same >= 0.5,
+)
 claim("of the twenty most harmful, at least two thirds have another", other >= 2 / 3)
-claim("where the network is wrong, at least a fifth of those have the label it fell for (a tenth by chance)", fallen_for >= 0.2)
+claim(
+    "where the network is wrong, at least a fifth of those have the label it fell for "
+    "(a tenth by chance)",
+    fallen_for >= 0.2,
+)
 
 # %% tags=["nbval-ignore-output"]
-print(f"same label among the helpful {same:.0%}; another among the harmful {other:.0%}; the one fallen for {fallen_for:.0%}")
+among = f"same label among the helpful {same:.0%}; another among the harmful {other:.0%}"
+print(f"{among}; the one fallen for {fallen_for:.0%}")
 
 # %% [markdown]
 # ## 3 · Number 42
@@ -187,8 +205,14 @@ if len(bank) == 0:
 singles = [42, order[0, 0].item(), order[0, -1].item()]
 alone = magic.leave_one_out(scores, singles, bank=bank, progress=False)
 predicted, true = (part[:, 0] - scores.outputs[0].cpu() for part in (alone.predicted, alone.true))
-claim("42, the most helpful, the most harmful: the sign is as predicted", bool((predicted.sign() == true.sign()).all()))
-claim("and the size for the most helpful one, within a third", abs(predicted[1] / true[1] - 1).item() < 1 / 3)
+claim(
+    "42, the most helpful, the most harmful: the sign is as predicted",
+    bool((predicted.sign() == true.sign()).all()),
+)
+claim(
+    "and the size for the most helpful one, within a third",
+    abs(predicted[1] / true[1] - 1).item() < 1 / 3,
+)
 
 # %% tags=["nbval-ignore-output"]
 print(f"the loss of test image 7 is {scores.outputs[0]:.4f}; without training image …")
@@ -209,7 +233,9 @@ claim("LDS at least .95 over the six test images", result.mean >= 0.95)
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 4))
 for ax, (name, k) in zip(axes, {"read right": 0, "read wrong": 3}.items(), strict=True):
-    part = magic.Comparison(result.predicted[:, [k]], result.true[:, [k]], result.baseline[[k]], result.what)
+    part = magic.Comparison(
+        result.predicted[:, [k]], result.true[:, [k]], result.baseline[[k]], result.what
+    )
     part.plot(ax=ax)
     ax.set_title(f"test image {asked[k]}, {name}\nrank correlation {part.mean:.3f}")
 print(result)
@@ -220,28 +246,55 @@ print(result)
 
 # %%
 counts = [5, 10, 20, 40]
-attacked = {asked[k]: magic.compare(scores, subsets.top(scores.values[k], counts), bank=bank, progress=False) for k in range(3)}
+attacked = {
+    asked[k]: magic.compare(
+        scores, subsets.top(scores.values[k], counts), bank=bank, progress=False
+    )
+    for k in range(3)
+}
 dice = subsets.random(len(x), 40 / len(x), 5, seed=1)
 at_random = magic.compare(scores, dice, bank=bank, progress=False)
 
 # %% tags=["nbval-ignore-output"]
 ax = plt.subplots(figsize=(5.6, 3.4))[1]
-for k, (color, (i, found)) in enumerate(zip(sns.color_palette("colorblind"), attacked.items(), strict=False)):
+for k, (color, (i, found)) in enumerate(
+    zip(sns.color_palette("colorblind"), attacked.items(), strict=False)
+):
     true, told = (part[:, k] - found.baseline[k] for part in (found.true, found.predicted))
     ax.plot(counts, true, marker="o", color=color, label=f"test image {i}, retrained")
     ax.plot(counts, told, linestyle="--", color=color, linewidth=1)
 usual = at_random.true - at_random.baseline
-ax.errorbar([40], usual[:, :3].mean(), usual[:, :3].std(), fmt="s", color=plot.NEUTRAL, label="40 at random")
-ax.set(xlabel="most helpful images removed", ylabel="change of the loss", yscale="log", title="Solid: true. Dashed: predicted before")
+ax.errorbar(
+    [40], usual[:, :3].mean(), usual[:, :3].std(), fmt="s", color=plot.NEUTRAL, label="40 at random"
+)
+ax.set(
+    xlabel="most helpful images removed",
+    ylabel="change of the loss",
+    yscale="log",
+    title="Solid: true. Dashed: predicted before",
+)
 ax.set_xticks(counts)
 ax.legend(fontsize=8);
 
 # %%
-rises = torch.stack([found.true[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())])
-told = torch.stack([found.predicted[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())])
-claim("without its helpers each loss rises, the more of them the more", bool((rises.diff(dim=1) > 0).all() and (rises > 0).all()))
-claim("twenty of them weigh more than forty at random, for each", bool((rises[:, 2] > usual[:, :3].abs().max(0).values).all()))
-claim("the tangent sees it coming, and says too little each time", bool((told > 0).all() and (told < rises).all()))
+rises = torch.stack(
+    [found.true[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())]
+)
+told = torch.stack(
+    [found.predicted[:, k] - found.baseline[k] for k, found in enumerate(attacked.values())]
+)
+claim(
+    "without its helpers each loss rises, the more of them the more",
+    bool((rises.diff(dim=1) > 0).all() and (rises > 0).all()),
+)
+claim(
+    "twenty of them weigh more than forty at random, for each",
+    bool((rises[:, 2] > usual[:, :3].abs().max(0).values).all()),
+)
+claim(
+    "the tangent sees it coming, and says too little each time",
+    bool((told > 0).all() and (told < rises).all()),
+)
 
 # %% [markdown]
 # The dashed lines fall below the solid ones as the sets grow. Images that help are alike. While they are all there, each is a little

@@ -77,7 +77,10 @@ def run_with(rate, epochs, normalize="batch"):
     torch.manual_seed(0)
     model = models.MLP((64, 128, 10)).to(device)
     batches = magic.batches(len(x), size=100, epochs=epochs, seed=0)
-    return magic.Run(model, torch.optim.SGD(model.parameters(), lr=rate), (x, y), loss, batches, normalize=normalize)
+    return magic.Run(
+        model, torch.optim.SGD(model.parameters(), lr=rate), (x, y), loss, batches,
+        normalize=normalize,
+    )
 
 
 recipes = {"smooth": run_with(0.05, 10), "ours": run_with(0.1, 20), "rough": run_with(0.2, 30)}
@@ -130,7 +133,9 @@ def judged(scores, name, drop, sets):
 # %%
 def by_hand(result):
     """(K,): correlation of the best linear predictor."""
-    predicted, true, weights = (part.double().cpu().numpy() for part in (result.predicted, result.true, result.weights))
+    predicted, true, weights = (
+        part.double().cpu().numpy() for part in (result.predicted, result.true, result.weights)
+    )
     S, n = weights.shape
     p = 1 - weights[0].mean()
     D = weights - (1 - p)
@@ -145,16 +150,29 @@ def by_hand(result):
 
 one_percent = {name: judged(scores, name, 0.01, 200) for name, scores in full.items()}
 gaps = {name: magic.optimality(result) for name, result in one_percent.items()}
-agree("correlation of the best", by_hand(one_percent["ours"]), gaps["ours"].per_target[1], tolerance=1e-9)
+agree(
+    "correlation of the best",
+    by_hand(one_percent["ours"]),
+    gaps["ours"].per_target[1],
+    tolerance=1e-9,
+)
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame({name: dict(gap.rows()) for name, gap in gaps.items()}).T
 
 # %%
-claim("smooth and ours: the gap at 1 % is at most .01", all(gaps[name].gap[0] <= 0.01 for name in ("smooth", "ours")))
+claim(
+    "smooth and ours: the gap at 1 % is at most .01",
+    all(gaps[name].gap[0] <= 0.01 for name in ("smooth", "ours")),
+)
 claim("and its interval excludes .03", all(gaps[name].gap[2] < 0.03 for name in ("smooth", "ours")))
-claim("the rougher the training, the wider the gap", gaps["smooth"].gap[0] < gaps["ours"].gap[0] < gaps["rough"].gap[0])
-claim("LDS at least .98 for both", all(one_percent[name].mean >= 0.98 for name in ("smooth", "ours")))
+claim(
+    "the rougher the training, the wider the gap",
+    gaps["smooth"].gap[0] < gaps["ours"].gap[0] < gaps["rough"].gap[0],
+)
+claim(
+    "LDS at least .98 for both", all(one_percent[name].mean >= 0.98 for name in ("smooth", "ours"))
+)
 
 # %% [markdown]
 # *That* is near-optimal: of the correlation that any linear predictor could reach, MAGIC lacks less than a hundredth. What it lacks to 1 is curvature.
@@ -165,11 +183,19 @@ claim("LDS at least .98 for both", all(one_percent[name].mean >= 0.98 for name i
 # %%
 alone = ridge(one_percent["ours"], [50, 100], prior=False)
 started = ridge(one_percent["ours"], [50, 100])
-claim("from nothing, 200 retrainings fit an LDS below .5, still rising", alone["LDS"].iloc[-1] < 0.5 and alone["LDS"].is_monotonic_increasing)
-claim("from MAGIC's prediction, they move its LDS by less than .01", abs(started["LDS"].iloc[-1] - one_percent["ours"].mean) < 0.01)
+claim(
+    "from nothing, 200 retrainings fit an LDS below .5, still rising",
+    alone["LDS"].iloc[-1] < 0.5 and alone["LDS"].is_monotonic_increasing,
+)
+claim(
+    "from MAGIC's prediction, they move its LDS by less than .01",
+    abs(started["LDS"].iloc[-1] - one_percent["ours"].mean) < 0.01,
+)
 
 # %% tags=["nbval-ignore-output"]
-pd.DataFrame({"retrainings": alone["size"], "ridge alone": alone["LDS"], "on top of MAGIC": started["LDS"]}).round(3)
+pd.DataFrame(
+    {"retrainings": alone["size"], "ridge alone": alone["LDS"], "on top of MAGIC": started["LDS"]}
+).round(3)
 
 # %% [markdown]
 # ## 3 · Where to put the tangent
@@ -193,40 +219,75 @@ def scores_at(run, at, drop):
     if at == "full":
         return full["ours"]
     where = {"average": magic.points.average(run, drop, subsets=4)}.get(at, at)
-    return magic.attribute(run, measure, where, progress=False, drop=None if at == "average" else drop)
+    return magic.attribute(
+        run, measure, where, progress=False, drop=None if at == "average" else drop
+    )
 
 
 taken = {(drop, at): scores_at(recipes["ours"], at, drop) for drop in drops for at in points}
 results = {(drop, at): judged(scores, "ours", drop, 60) for (drop, at), scores in taken.items()}
-table = pd.DataFrame([
-    {"drop": drop, "at": at, "LDS": r.mean, "low": r.interval[0], "high": r.interval[1], "R2": r.r2[0], "R2 low": r.r2[1], "R2 high": r.r2[2]}
-    for (drop, at), r in results.items()
-])
+table = pd.DataFrame(
+    [
+        {
+            "drop": drop, "at": at, "LDS": r.mean, "low": r.interval[0], "high": r.interval[1],
+            "R2": r.r2[0], "R2 low": r.r2[1], "R2 high": r.r2[2],
+        }
+        for (drop, at), r in results.items()
+    ]
+)
 
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-for ax, (name, low, high) in zip(axes, (("LDS", "low", "high"), ("R2", "R2 low", "R2 high")), strict=True):
+for ax, (name, low, high) in zip(
+    axes, (("LDS", "low", "high"), ("R2", "R2 low", "R2 high")), strict=True
+):
     for shift, (at, color) in enumerate(zip(points, sns.color_palette("colorblind"), strict=False)):
         part = table[table["at"] == at]
         middle, ends = part[name].clip(lower=-3), part[[low, high]].clip(lower=-3)
-        ax.errorbar(np.arange(3) + 0.08 * shift, middle, (middle - ends[low], ends[high] - middle), fmt="o-", color=color, label=at, markersize=4)
+        ax.errorbar(
+            np.arange(3) + 0.08 * shift,
+            middle,
+            (middle - ends[low], ends[high] - middle),
+            fmt="o-",
+            color=color,
+            label=at,
+            markersize=4,
+        )
     ax.set_xticks(range(3), [f"{drop:.0%}" for drop in drops])
-    ax.set(xlabel="share removed", ylabel=name.replace("2", "²"), title={"LDS": "Ranks", "R2": "Sizes (cut at −3)"}[name])
+    ax.set(
+        xlabel="share removed",
+        ylabel=name.replace("2", "²"),
+        title={"LDS": "Ranks", "R2": "Sizes (cut at −3)"}[name],
+    )
 axes[0].legend();
 
 # %%
 figures = table.set_index(["drop", "at"])
-claim("at 20 %: the centre's LDS is at least .97, its R² at least .88", figures.loc[0.2, "centre"]["LDS"] >= 0.97 and figures.loc[0.2, "centre"]["R2"] >= 0.88)
-claim("at 50 %: LDS at least .95, R² at least .8", figures.loc[0.5, "centre"]["LDS"] >= 0.95 and figures.loc[0.5, "centre"]["R2"] >= 0.8)
+claim(
+    "at 20 %: the centre's LDS is at least .97, its R² at least .88",
+    figures.loc[0.2, "centre"]["LDS"] >= 0.97 and figures.loc[0.2, "centre"]["R2"] >= 0.88,
+)
+claim(
+    "at 50 %: LDS at least .95, R² at least .8",
+    figures.loc[0.5, "centre"]["LDS"] >= 0.95 and figures.loc[0.5, "centre"]["R2"] >= 0.8,
+)
 claim("at 50 % the tangent at 1 has an R² below 0", figures.loc[0.5, "full"]["R2"] < 0)
-claim("the centre ranks better than the full data at each size", all(figures.loc[d, "centre"]["LDS"] > figures.loc[d, "full"]["LDS"] for d in drops))
-claim("the path, at three times the price, does not rank better than the centre", all(figures.loc[d, "path"]["LDS"] <= figures.loc[d, "centre"]["LDS"] for d in drops))
+claim(
+    "the centre ranks better than the full data at each size",
+    all(figures.loc[d, "centre"]["LDS"] > figures.loc[d, "full"]["LDS"] for d in drops),
+)
+claim(
+    "the path, at three times the price, does not rank better than the centre",
+    all(figures.loc[d, "path"]["LDS"] <= figures.loc[d, "centre"]["LDS"] for d in drops),
+)
 
 # %% [markdown]
 # One replay, in the right place, instead of one in the wrong place. How near is *that* to optimal?
 
 # %%
-large = {at: magic.optimality(judged(taken[0.2, at], "ours", 0.2, 200)) for at in ("full", "centre")}
+large = {
+    at: magic.optimality(judged(taken[0.2, at], "ours", 0.2, 200)) for at in ("full", "centre")
+}
 claim("at 20 % the centre's gap is at most .01", large["centre"].gap[0] <= 0.01)
 claim("and smaller than the full data's", large["centre"].gap[0] < large["full"].gap[0])
 
@@ -240,18 +301,42 @@ pd.DataFrame({f"{at}, 20 %": dict(gap.rows()) for at, gap in large.items()}).T
 rows = []
 for name, run in recipes.items():
     for drop in drops:
-        centred = taken[drop, "centre"] if name == "ours" else magic.attribute(run, measure, "centre", progress=False, drop=drop)
+        centred = (
+            taken[drop, "centre"]
+            if name == "ours"
+            else magic.attribute(run, measure, "centre", progress=False, drop=drop)
+        )
         for at, scores in (("full", full[name]), ("centre", centred)):
             r = judged(scores, name, drop, 60)
             gap = magic.optimality(r).gap
-            rows.append({"recipe": name, "drop": drop, "at": at, "LDS": r.mean, "R2": r.r2[0], "gap": gap[0], "low": gap[1], "high": gap[2]})
+            rows.append(
+                {
+                    "recipe": name,
+                    "drop": drop,
+                    "at": at,
+                    "LDS": r.mean,
+                    "R2": r.r2[0],
+                    "gap": gap[0],
+                    "low": gap[1],
+                    "high": gap[2],
+                }
+            )
 all_three = pd.DataFrame(rows).set_index(["recipe", "drop", "at"])
 
 # %%
 gain = all_three["LDS"].unstack("at")
-claim("the centre ranks better in each recipe, at 20 and at 50 %", bool((gain["centre"] > gain["full"]).drop(0.05, level="drop").all()))
-claim("the smooth one: LDS at least .99 up to half of the data", gain["centre"]["smooth"].min() >= 0.99)
-claim("the rough one stays below .98 at each size, wherever the tangent", gain.loc["rough"].max().max() < 0.98)
+claim(
+    "the centre ranks better in each recipe, at 20 and at 50 %",
+    bool((gain["centre"] > gain["full"]).drop(0.05, level="drop").all()),
+)
+claim(
+    "the smooth one: LDS at least .99 up to half of the data",
+    gain["centre"]["smooth"].min() >= 0.99,
+)
+claim(
+    "the rough one stays below .98 at each size, wherever the tangent",
+    gain.loc["rough"].max().max() < 0.98,
+)
 
 # %% tags=["nbval-ignore-output"]
 all_three.round(3)
@@ -265,15 +350,21 @@ h, oracle = 0.25, {}
 for drop in drops:
     sets = subsets.random(len(x), drop, 20, seed=0)
     ways = sets - 1
-    sides = [magic.outputs(recipes["ours"], measure, 1 + s * h * ways, bank=banks["ours"], progress=False) for s in (1, -1)]
+    kept = {"bank": banks["ours"], "progress": False}
+    above, below = (
+        magic.outputs(recipes["ours"], measure, 1 + s * h * ways, **kept) for s in (1, -1)
+    )
     start = full["ours"].outputs.cpu()
-    first, second = full["ours"].predict(sets).cpu(), (sides[0] - 2 * start + sides[1]) / h**2
-    true = magic.outputs(recipes["ours"], measure, sets, bank=banks["ours"], progress=False)
-    told = {"tangent at 1": first, "with its curvature": first + second / 2, "tangent at the centre": taken[drop, "centre"].predict(sets).cpu()}
-    oracle[drop] = {name: magic.Comparison(predicted, true, start).r2[0] for name, predicted in told.items()}
+    first, second = full["ours"].predict(sets).cpu(), (above - 2 * start + below) / h**2
+    true = magic.outputs(recipes["ours"], measure, sets, **kept)
+    told = {"tangent at 1": first, "with its curvature": first + second / 2}
+    told["tangent at the centre"] = taken[drop, "centre"].predict(sets).cpu()
+    oracle[drop] = {k: magic.Comparison(p, true, start).r2[0] for k, p in told.items()}
 oracle = pd.DataFrame(oracle)
-claim("the curvature mends the sizes: R² above .85 at 20 %", oracle[0.2]["with its curvature"] > 0.85)
-claim("at 50 % it does not, and the tangent at the centre does", oracle[0.5]["with its curvature"] < 0.5 < 0.8 < oracle[0.5]["tangent at the centre"])
+bent, central = oracle.loc["with its curvature"], oracle.loc["tangent at the centre"]
+claim("the curvature mends the sizes: R² above .85 at 20 %", bent[0.2] > 0.85)
+mends = bent[0.5] < 0.5 < 0.8 < central[0.5]
+claim("at 50 % it does not, and the tangent at the centre does", mends)
 
 # %% tags=["nbval-ignore-output"]
 oracle.round(2)
@@ -291,12 +382,19 @@ banks["averaged"] = bank_of(averaged, measure, "averaged")
 weighted = {}
 for at in ("full", "centre", "average"):
     where = magic.points.average(averaged, 0.5, subsets=8) if at == "average" else at
-    scores = magic.attribute(averaged, measure, where, progress=False, drop=0.5 if at == "centre" else None)
+    scores = magic.attribute(
+        averaged, measure, where, progress=False, drop=0.5 if at == "centre" else None
+    )
     weighted[at] = judged(scores, "averaged", 0.5, 60)
-claim("full and centre rank the same, to .01", abs(weighted["full"].mean - weighted["centre"].mean) < 0.01)
+claim(
+    "full and centre rank the same, to .01",
+    abs(weighted["full"].mean - weighted["centre"].mean) < 0.01,
+)
 
 # %% tags=["nbval-ignore-output"]
-pd.DataFrame({f"{at}, 50 %, normalize='weights'": dict(result.rows()) for at, result in weighted.items()}).T
+pd.DataFrame(
+    {f"{at}, 50 %, normalize='weights'": dict(result.rows()) for at, result in weighted.items()}
+).T
 
 # %% [markdown]
 # So a good part of the centre's gain under $1/B$ is indeed the step size, which it knows and the tangent at 1 does not. It is a gain all the same: the question is asked
@@ -313,18 +411,39 @@ bent = magic.curvature(full["ours"], order=2, progress=False)
 forecast = [bent.correlation(drop).mean().item() for drop in drops]
 turned = [full["ours"].cosine(taken[drop, "centre"]).mean().item() for drop in drops]
 came_out = [results[drop, "full"].pearson[0] for drop in drops]
-claim("the forecast falls with the drop, as the truth does", forecast[0] > forecast[1] > forecast[2] and came_out[0] > came_out[1] > came_out[2])
-claim("it is an upper bound at each size", all(f > c for f, c in zip(forecast, came_out, strict=True)))
-claim("up to 20 % it knows how far the tangent really turns, to .01", all(abs(f - t) < 0.01 for f, t in list(zip(forecast, turned, strict=True))[:2]))
-claim("at 50 % it does not: the tangent turns further than a second derivative says", turned[2] < forecast[2] - 0.02)
+claim(
+    "the forecast falls with the drop, as the truth does",
+    forecast[0] > forecast[1] > forecast[2] and came_out[0] > came_out[1] > came_out[2],
+)
+claim(
+    "it is an upper bound at each size", all(f > c for f, c in zip(forecast, came_out, strict=True))
+)
+claim(
+    "up to 20 % it knows how far the tangent really turns, to .01",
+    all(abs(f - t) < 0.01 for f, t in list(zip(forecast, turned, strict=True))[:2]),
+)
+claim(
+    "at 50 % it does not: the tangent turns further than a second derivative says",
+    turned[2] < forecast[2] - 0.02,
+)
 
 # %% tags=["nbval-ignore-output"]
 ax = plt.subplots(figsize=(5.4, 3.1))[1]
 shares = np.linspace(0.01, 0.5, 30)
-ax.plot(shares, [bent.correlation(p).mean() for p in shares], color=plot.HELPFUL, label="forecast from $Hd$: two replays")
+ax.plot(
+    shares,
+    [bent.correlation(p).mean() for p in shares],
+    color=plot.HELPFUL,
+    label="forecast from $Hd$: two replays",
+)
 ax.plot(drops, turned, "o--", color=plot.HELPFUL, label="with the scores at the centre: one replay")
 ax.plot(drops, came_out, "s", color=plot.HARMFUL, label="true, 60 retrainings each")
-ax.set(xlabel="share removed", ylabel="correlation", title="How far the tangent at 1 reaches", ylim=(0.5, 1.02))
+ax.set(
+    xlabel="share removed",
+    ylabel="correlation",
+    title="How far the tangent at 1 reaches",
+    ylim=(0.5, 1.02),
+)
 ax.legend(fontsize=8)
 full["ours"].health
 
@@ -335,7 +454,10 @@ full["ours"].health
 missed = (results[0.2, "full"].true - results[0.2, "full"].predicted).mean(0)
 expected = 0.5 * 0.2**2 * bent.second.cpu()
 match = torch.corrcoef(torch.stack([missed.double(), expected.double()]))[0, 1].item()
-claim("the mean error at 20 %, over the ten outputs, correlates with its forecast above .9", match > 0.9)
+claim(
+    "the mean error at 20 %, over the ten outputs, correlates with its forecast above .9",
+    match > 0.9,
+)
 
 # %% [markdown]
 # ## 6 · What does "removed" mean?
@@ -344,14 +466,12 @@ claim("the mean error at 20 %, over the ten outputs, correlates with its forecas
 # For a network without BatchNorm the second and third are the same. With it, a row of weight 0 still moves the batch's mean and variance.
 
 # %%
-sets = subsets.random(len(x), 0.05, 6, seed=3)
-
-
 def replaced(run, weights):
     """Every removed example gives its place to one that stays, drawn at random."""
     stays = weights.nonzero()[:, 0]
     dice = torch.Generator().manual_seed(0)
-    other = torch.where(weights == 0, stays[torch.randint(len(stays), (len(x),), generator=dice)], torch.arange(len(x)))
+    drawn = stays[torch.randint(len(stays), (len(x),), generator=dice)]
+    other = torch.where(weights == 0, drawn, torch.arange(len(x)))
     swapped = copy.copy(run)
     swapped.batches = [other[indices] for indices in run.batches]
     return magic.outputs(swapped, measure, torch.ones(len(x)))
@@ -360,21 +480,25 @@ def replaced(run, weights):
 def meanings(net):
     """(4, S, K): changes of the outputs, for each meaning."""
     order = magic.batches(len(x), size=100, epochs=10, seed=0)
-    kinds = {n: magic.Run(net, torch.optim.SGD(net.parameters(), lr=0.1), (x, y), loss, order, normalize=n) for n in ("batch", "weights")}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    by_size = magic.Run(net, optimizer, (x, y), loss, order)
+    by_weights = magic.Run(net, optimizer, (x, y), loss, order, normalize="weights")
     ways = {
-        "weight 0, ÷ B": lambda w: magic.outputs(kinds["batch"], measure, w),
-        "weight 0, ÷ Σw": lambda w: magic.outputs(kinds["weights"], measure, w),
-        "row absent": lambda w: magic.outputs(kinds["batch"], measure, w, how="rows"),
-        "row replaced": lambda w: replaced(kinds["batch"], w),
+        "weight 0, ÷ B": lambda w: magic.outputs(by_size, measure, w),
+        "weight 0, ÷ Σw": lambda w: magic.outputs(by_weights, measure, w),
+        "row absent": lambda w: magic.outputs(by_size, measure, w, how="rows"),
+        "row replaced": lambda w: replaced(by_size, w),
     }
-    whole = magic.outputs(kinds["batch"], measure, torch.ones(len(x)))
+    whole = magic.outputs(by_size, measure, torch.ones(len(x)))
     return {name: torch.stack([way(w) - whole for w in sets]).cpu() for name, way in ways.items()}
 
 
 # %%
 torch.manual_seed(0)
 plain = models.MLP((64, 128, 10)).to(device)
-normed = nn.Sequential(nn.Flatten(), nn.Linear(64, 128, bias=False), nn.BatchNorm1d(128), nn.GELU(), nn.Linear(128, 10)).to(device)
+hidden = [nn.Linear(64, 128, bias=False), nn.BatchNorm1d(128), nn.GELU()]
+normed = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, 10)).to(device)
+sets = subsets.random(len(x), 0.05, 6, seed=3)
 without, with_norm = meanings(plain), meanings(normed)
 
 
@@ -383,14 +507,18 @@ def apart(found, a, b):
     return ((found[a] - found[b]).norm() / found[b].norm()).item()
 
 
-pairs = [("weight 0, ÷ Σw", "row absent"), ("weight 0, ÷ B", "row absent"), ("row replaced", "row absent")]
-claim("without BatchNorm, weight 0 ÷ Σw is the absent row, to a thousandth", apart(without, *pairs[0]) < 1e-3)
+pairs = [(way, "row absent") for way in ("weight 0, ÷ Σw", "weight 0, ÷ B", "row replaced")]
+near = apart(without, *pairs[0])
+claim("without BatchNorm, weight 0 ÷ Σw is the absent row, to a thousandth", near < 1e-3)
 claim("with BatchNorm it is not, by more than a hundredth", apart(with_norm, *pairs[0]) > 1e-2)
-claim("÷ B is something else in both", min(apart(without, *pairs[1]), apart(with_norm, *pairs[1])) > 0.1)
+far = min(apart(found, *pairs[1]) for found in (without, with_norm))
+claim("÷ B is something else in both", far > 0.1)
 
 # %% tags=["nbval-ignore-output"]
 columns = {"no BatchNorm": without, "BatchNorm": with_norm}
-pd.DataFrame({name: {f"{a} | {b}": apart(found, a, b) for a, b in pairs} for name, found in columns.items()}).round(4)
+pd.DataFrame(
+    {name: {f"{a} | {b}": apart(found, a, b) for a, b in pairs} for name, found in columns.items()}
+).round(4)
 
 # %% [markdown]
 # What to use? `"weights"` for "had these rows not been there"; `"batch"`, the paper's, for "had they taught nothing"; `how="rows"` to retrain with BatchNorm in earnest. A replaced row answers a question about two
@@ -415,7 +543,9 @@ pictures = torch.cat([x[:n], x[single]])
 torch.manual_seed(0)
 net = models.MLP((64, 128, 10)).to(device)
 order = magic.batches(n + candidates, size=92, epochs=10, seed=0)
-extended = magic.Run(net, torch.optim.SGD(net.parameters(), lr=0.1), (pictures, labels), loss, order)
+extended = magic.Run(
+    net, torch.optim.SGD(net.parameters(), lr=0.1), (pictures, labels), loss, order
+)
 now = torch.ones(n + candidates)
 now[n:] = 0.0
 ahead = magic.attribute(extended, measure, now.to(device), progress=False)
@@ -447,7 +577,9 @@ torch.manual_seed(0)
 net = models.ConvNet(width=16, size=x2.shape[-1], norm="batch").to(device)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 batches = magic.batches(len(x2), size=100, epochs=12, seed=0)
-deep = magic.Run(net, optimizer, (x2, y2), loss, batches, scheduler=models.triangle(optimizer, len(batches)))
+deep = magic.Run(
+    net, optimizer, (x2, y2), loss, batches, scheduler=models.triangle(optimizer, len(batches))
+)
 
 
 def deep_measure(model):
@@ -464,9 +596,17 @@ deep_results = {}
 for drop in (0.2, 0.5):
     centred = magic.attribute(deep, deep_measure, "centre", progress=False, drop=drop)
     for at, scores in (("full", deep_full), ("centre", centred)):
-        deep_results[drop, at] = magic.lds(scores, drop=drop, subsets=30, bank=deep_bank, progress=False)
-claim("20 %: the centre's LDS is at least .97, R² at least .88", deep_results[0.2, "centre"].mean >= 0.97 and deep_results[0.2, "centre"].r2[0] >= 0.88)
-claim("50 %: LDS at least .95, R² at least .8", deep_results[0.5, "centre"].mean >= 0.95 and deep_results[0.5, "centre"].r2[0] >= 0.8)
+        deep_results[drop, at] = magic.lds(
+            scores, drop=drop, subsets=30, bank=deep_bank, progress=False
+        )
+claim(
+    "20 %: the centre's LDS is at least .97, R² at least .88",
+    deep_results[0.2, "centre"].mean >= 0.97 and deep_results[0.2, "centre"].r2[0] >= 0.88,
+)
+claim(
+    "50 %: LDS at least .95, R² at least .8",
+    deep_results[0.5, "centre"].mean >= 0.95 and deep_results[0.5, "centre"].r2[0] >= 0.8,
+)
 claim("where the tangent at 1 has an R² below 0", deep_results[0.5, "full"].r2[0] < 0)
 
 # %% tags=["nbval-ignore-output"]
