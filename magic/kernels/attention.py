@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -35,40 +36,42 @@ from torch.nn.attention import SDPBackend
 from .higher_order import batched, further, shared
 
 aten = torch.ops.aten
-_PLAIN = F.scaled_dot_product_attention
+PLAIN = F.scaled_dot_product_attention  # as it was before anything was put in its place
 
 
 class _Way(NamedTuple):
-    """How attention is computed: the mask that is added, whether it is causal, the scale or None for 1/√E."""
+    """Whether each query sees only the keys up to its own place, and the scale or None for 1/√E."""
 
-    mask: Tensor | None
     causal: bool
     scale: float | None
 
 
 class _Attention(Function):
-    """y = P v, by PyTorch's fused kernel for the CPU."""
+    """y = P v, by PyTorch's fused kernel for the CPU; `mask` is added, or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, way):
+    def forward(ctx, q, k, v, mask, way):
         y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, way.causal, attn_mask=way.mask, scale=way.scale
+            q, k, v, 0.0, way.causal, attn_mask=mask, scale=way.scale
         )
         ctx.way = way
-        ctx.save_for_backward(q, k, v, y, logsumexp)
+        ctx.save_for_backward(q, k, v, mask, y, logsumexp)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        q, k, v, y, logsumexp = ctx.saved_tensors
+        q, k, v, mask, y, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled() and not batched(g):
-            return *_AttentionBackward.apply(g, q, k, v, y.detach(), logsumexp, ctx.way), None
-        P = (
-            _weights(q, k, ctx.way)
-            if torch.is_grad_enabled()
-            else shared(ctx, lambda: _weights(q, k, ctx.way))
-        )
-        return *_gradients(g, q, k, v, ctx.way, P), None
+            return *_AttentionBackward.apply(g, q, k, v, mask, y.detach(), logsumexp, ctx), None, None
+        if torch.is_grad_enabled():
+            return *_gradients(g, q, k, v, mask, ctx.way), None, None
+        return *_gradients_at(_kept(ctx), g, q, k, v, _scale(q, ctx.way)), None, None
+
+
+def _kept(ctx) -> Tensor:
+    """P, where ctx is that of `_Attention`."""
+    q, k, _, mask, _, _ = ctx.saved_tensors
+    return shared(ctx, lambda: _weights(q, k, mask, ctx.way))
 
 
 class _AttentionBackward(Function):
@@ -76,24 +79,25 @@ class _AttentionBackward(Function):
     that: no cotangent goes to them."""
 
     @staticmethod
-    def forward(ctx, g, q, k, v, y, logsumexp, way):
-        ctx.way = way
-        ctx.save_for_backward(g, q, k, v)
+    def forward(ctx, g, q, k, v, mask, y, logsumexp, of):
+        ctx.of = of  # the ctx of `_Attention`, whose P both derivatives use
+        ctx.save_for_backward(g, q, k, v, mask)
         ctx.set_materialize_grads(False)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, y, logsumexp, 0.0, way.causal, attn_mask=way.mask, scale=way.scale
+            g, q, k, v, y, logsumexp, 0.0, of.way.causal, attn_mask=mask, scale=of.way.scale
         )
 
     @staticmethod
     def backward(ctx, a, b, c):
-        g, q, k, v = ctx.saved_tensors
+        g, q, k, v, mask = ctx.saved_tensors
+        way = ctx.of.way
         if torch.is_grad_enabled():
-            return *further(partial(_gradients, way=ctx.way), (g, q, k, v), a, b, c), None, None, None
-        group = _group(q, k)
+            first = partial(_gradients, mask=mask, way=way)
+            return *further(first, (g, q, k, v), a, b, c), None, None, None, None
+        group, scale, P = _group(q, k), _scale(q, way), _kept(ctx.of)
         k, v = _repeated(k, group), _repeated(v, group)
         b, c = b if b is None else _repeated(b, group), c if c is None else _repeated(c, group)
-        P, D, to_P = shared(ctx, lambda: _parts(g, v, _weights(q, k, ctx.way)))
-        scale = _scale(q, ctx.way)
+        D, to_P = shared(ctx, lambda: _parts(g, v, P))
         E = torch.zeros_like(P)
         if a is not None:
             E = E + scale * (a @ k.mT)
@@ -109,12 +113,12 @@ class _AttentionBackward(Function):
         to_g = to_g if c is None else to_g + P @ c
         to_q = to_q if b is None else to_q + D @ b
         to_k = to_k if a is None else to_k + D.mT @ a
-        return to_g, scale * to_q, _added(scale * to_k, group), _added(to_v, group), None, None, None
+        return to_g, scale * to_q, _added(scale * to_k, group), _added(to_v, group), None, None, None, None
 
 
 def _group(q: Tensor, k: Tensor) -> int:
     """How many heads of queries share one of keys and values."""
-    return q.shape[-3] // k.shape[-3] if q.dim() > 2 else 1
+    return q.shape[-3] // k.shape[-3]
 
 
 def _repeated(x: Tensor, group: int) -> Tensor:
@@ -129,30 +133,35 @@ def _scale(q: Tensor, way: _Way) -> float:
     return 1 / math.sqrt(q.shape[-1]) if way.scale is None else way.scale
 
 
-def _weights(q: Tensor, k: Tensor, way: _Way) -> Tensor:
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, way: _Way) -> Tensor:
     """P; k may have fewer heads than q, or as many."""
     S = _scale(q, way) * (q @ _repeated(k, _group(q, k)).mT)
-    if way.mask is not None:
-        S = S + way.mask
+    if mask is not None:
+        S = S + mask
     if way.causal:
         S = S.masked_fill(S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
     empty = S.isneginf().all(-1, keepdim=True)  # where all is masked, the kernel makes a row of zeros
     return torch.where(empty, 0.0, torch.where(empty, 0.0, S).softmax(-1))
 
 
-def _parts(g: Tensor, v: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P, D and g vᵀ."""
+def _parts(g: Tensor, v: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """D and g vᵀ."""
     to_P = g @ v.mT
-    return P, P * (to_P - (P * to_P).sum(-1, keepdim=True)), to_P
+    return P * (to_P - (P * to_P).sum(-1, keepdim=True)), to_P
 
 
-def _gradients(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, way: _Way, P: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: _Way):
     """∂q, ∂k and ∂v, by operations that PyTorch differentiates to any order, and batches."""
-    group, scale = _group(q, k), _scale(q, way)
+    return _gradients_at(_weights(q, k, mask, way), g, q, k, v, _scale(q, way))
+
+
+def _gradients_at(
+    P: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_gradients`, where P is there already."""
+    group = _group(q, k)
     k, v = _repeated(k, group), _repeated(v, group)
-    P, D, _ = _parts(g, v, _weights(q, k, way) if P is None else P)
+    D, _ = _parts(g, v, P)
     return scale * (D @ k), _added(scale * (D.mT @ q), group), _added(P.mT @ g, group)
 
 
@@ -168,34 +177,37 @@ def attention(
 ) -> Tensor | None:
     """F.scaled_dot_product_attention with training's bits, or None where only another form can be had.
 
-    PyTorch is asked which kernel it would choose. The plain one it can differentiate itself. Without a batch
-    it makes one of one, and so does this; of other shapes nothing is known here.
+    PyTorch is asked which kernel it would choose. The plain one it can differentiate itself; a mask that
+    requires a gradient goes there, too. Without a batch it makes one of one, and so does this; of other
+    shapes nothing is known here.
     """
-    q, k, v = query, key, value
+    q, k, v, mask = query, key, value, attn_mask
     if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         return None
-    if q.dim() == 3:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        mask = attn_mask.unsqueeze(0) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
-        out = attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
-        return None if out is None else out.squeeze(0)
-    given = (q, k, v, attn_mask, dropout_p, is_causal)
+    given = (q, k, v, mask, dropout_p, is_causal)
     if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
-        return _PLAIN(*given, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is not None and attn_mask.requires_grad:
-        return None
-    mask = attn_mask
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    return _Attention.apply(q, k, v, _Way(mask, is_causal, scale))
+        return PLAIN(*given, scale=scale, enable_gqa=enable_gqa)
+    if mask is not None:  # a copy, since the user may fill theirs anew before the derivative is pulled back
+        fresh = torch.zeros_like(mask, dtype=q.dtype)
+        mask = fresh.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else mask.clone()
+    if q.dim() == 4:
+        return _Attention.apply(q, k, v, mask, _Way(is_causal, scale))
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(0)
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    return _Attention.apply(q, k, v, mask, _Way(is_causal, scale)).squeeze(0)
 
 
 @contextlib.contextmanager
 def everywhere(replacement: Callable) -> Iterator[None]:
     """Inside, F.scaled_dot_product_attention is `replacement`, for functions of PyTorch that call it by that
-    name where no mode listens, as F.multi_head_attention_forward does."""
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = replacement
+    name where no mode listens, as F.multi_head_attention_forward does. Other threads get what it was."""
+    original, here = F.scaled_dot_product_attention, threading.get_ident()
+
+    def called(*args, **kwargs):
+        return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
+
+    F.scaled_dot_product_attention = called
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ two kinds of replacement:
   gives training's bits; only the derivative of the derivative is ours, in closed form.
 - `REWRITTEN` (rewritten.py): another expression of the same function, equal up to rounding.
 
+Attention is of the first kind on a CPU and of the second elsewhere, as each call shows (attention.py).
+
 Each closed form is derived in the docstring of its module and checked by `gradgradcheck` (tests).
 """
 
@@ -22,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import checkpointing
-from .attention import attention, everywhere
+from .attention import PLAIN, attention, everywhere
 from .batch_norm import batch_norm
 from .convolution import convolution
 from .gelu import gelu
@@ -58,7 +60,6 @@ OTHER_BITS = {
     torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve,
     torch.group_norm, torch.native_group_norm,
 }  # fmt: skip
-ATTENTION = F.scaled_dot_product_attention  # as it was before anything was put in its place
 
 
 def _in_eval(func, args, kwargs) -> bool:
@@ -96,7 +97,7 @@ class _Replace(TorchFunctionMode):
         self.rewritten |= func in OTHER_BITS
         if func in REFUSED:
             return REFUSED[func](*args, **kwargs)
-        if func is ATTENTION:
+        if func is PLAIN:
             return self._attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:  # it calls attention where this mode does not listen
             with everywhere(self._attention):
@@ -110,7 +111,7 @@ class _Replace(TorchFunctionMode):
             return out
         self.rewritten = True
         with sdpa_kernel(SDPBackend.MATH):
-            return ATTENTION(*args, **kwargs)
+            return PLAIN(*args, **kwargs)
 
 
 def differentiable() -> _Replace:

@@ -65,34 +65,45 @@ OPERATIONS = {
 }
 
 
-def attend(x, **how):
-    """Attention of three heads over sequences made of x, with keys and values of lengths of their own."""
-    q, k = x, torch.cat([x[:, :, 1:].sin(), x.cos()], dim=2) if how.get("more") else x.sin()
-    how.pop("more", None)
-    return F.scaled_dot_product_attention(q, k, k * k - q.mean(), **how)
+def attend(x, more=False, attn_mask=None, **how):
+    """Attention over sequences made of x; with `more`, there are more keys than queries."""
+    k = torch.cat([x[..., 1:, :].sin(), x.cos()], dim=-2) if more else x.sin()
+    mask = None if attn_mask is None else attn_mask.to(x.device)
+    return F.scaled_dot_product_attention(x, k, k * k - x.mean(), attn_mask=mask, **how)
 
 
 MASK = torch.tensor([[True, True, True], [False, False, False], [True, False, True]])
+ATTENTION = {  # the shape of x, and how it is attended to
+    "plain": ((2, 2, 3, 4), {}),
+    "causal": ((2, 2, 3, 4), {"is_causal": True}),
+    "scaled": ((2, 2, 3, 4), {"scale": 0.3, "more": True}),
+    "causal, more keys than queries": ((1, 2, 3, 4), {"is_causal": True, "more": True}),
+    "a mask with an empty row": ((1, 2, 3, 4), {"attn_mask": MASK}),
+    "a mask for all heads and queries": ((3, 2, 3, 4), {"attn_mask": MASK[:, None, None]}),
+    "one head": ((2, 3, 4), {}),
+    "one head, a mask each": ((3, 3, 4), {"attn_mask": MASK[:, None].expand(3, 3, 3)}),
+}
 OPERATIONS |= {
-    "attention": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x)),
-    "attention, causal": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, is_causal=True)),
-    "attention, scaled": ((2, 2, 3, 4), 0, lambda x, w, b: attend(x, scale=0.3, more=True)),
-    "attention, mask with an empty row": ((1, 2, 3, 4), 0, lambda x, w, b: attend(x, attn_mask=MASK)),
-    "attention, one head": (
-        (2, 3, 4),
-        0,
-        lambda x, w, b: F.scaled_dot_product_attention(x, x.sin(), x.cos()),
-    ),
+    f"attention, {name}": (shape, 0, lambda x, w, b, how=how: attend(x, **how))
+    for name, (shape, how) in ATTENTION.items()
+}
+OPERATIONS |= {
     "attention, bias": (
         (1, 2, 3, 4),
         0,
         lambda x, w, b: attend(x, attn_mask=torch.eye(3, dtype=x.dtype, device=x.device)),
+    ),
+    "attention, other values": (
+        (1, 2, 3, 4),
+        0,
+        lambda x, w, b: F.scaled_dot_product_attention(x, x.sin(), x[..., :2].cos()),
     ),
     "attention, shared heads": (
         (1, 4, 3, 4),
         0,
         lambda x, w, b: F.scaled_dot_product_attention(x, x[:, ::2].sin(), x[:, 1::2].cos(), enable_gqa=True),
     ),
+    "conv3d": ((1, 2, 3, 3, 3), 2, lambda x, w, b: F.conv3d(x, kernel(w, 2, 2, 2, 2, 2), b[:2])),
 }
 
 
@@ -233,6 +244,26 @@ def test_attention_that_drops_keeps_its_dice():
     with differentiable() as replace:
         value = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
     assert torch.equal(plain, value) and not replace.rewritten
+    g = torch.randn_like(plain)
+    (expected,) = torch.autograd.grad(plain, q, g)
+    assert torch.equal(expected, torch.autograd.grad(value, q, g, create_graph=True)[0])
+
+
+def test_a_mask_may_be_filled_anew_before_the_pull():
+    """As a scratch buffer is, at each step: what a trace keeps is the mask of its own step."""
+    torch.manual_seed(0)
+    q, mask = randn(1, 2, 3, 4), torch.randn(3, 3, dtype=torch.float64)
+
+    def twice(refill):
+        held = mask.clone()
+        with differentiable():
+            value = F.scaled_dot_product_attention(q, q.sin(), q.cos(), held)
+        (first,) = torch.autograd.grad(value.square().sum(), q, create_graph=True)
+        if refill:
+            held.fill_(7.0)
+        return torch.autograd.grad(first.sin().sum(), q)[0]
+
+    assert torch.equal(twice(refill=True), twice(refill=False)) and twice(refill=False).abs().max() > 1e-3
 
 
 def test_each_replacement_is_tested():
