@@ -24,13 +24,15 @@ from .files import read_json, writable, write_json
 PACKAGE = Path(__file__).parents[1]
 # The modules that the bits of a state or of a score depend on, or what the files of a folder say.
 NUMERICS = (
-    "kernels/higher_order", "kernels/attention", "kernels/gelu", "kernels/convolution", "kernels/pooling",
+    "kernels/graph", "kernels/higher_order", "kernels/attention", "kernels/gelu", "kernels/convolution",
+    "kernels/pooling",
     "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
     "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
     "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",
     "training/hypers", "training/update", "training/sgd", "training/adam", "training/rmsprop",
     "training/network", "training/gradient", "training/run", "training/first_step",
-    "engine/vjp", "engine/adjoint", "engine/schedule", "engine/actions", "engine/store", "engine/places",
+    "engine/measuring", "engine/vjp", "engine/adjoint", "engine/schedule", "engine/actions",
+    "engine/store", "engine/places",
     "engine/files", "engine/folder", "engine/resume", "engine/listeners", "engine/replay",
 )  # fmt: skip
 IDENTITY, LOCK = "identity.json", "magic.lock"

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..kernels.escapes import FUNCTION
-from ..training.adam import warn_of_underflow
 from ..training.finite import NonFinite
 from ..training.record import Passed
 from ..training.run import Run
@@ -25,7 +24,7 @@ from ..training.state import Cotangent, State
 from . import health
 from .adjoint import Traced, traced_vjp
 from .resume import Directory, Progress
-from .rounding import check_batching
+from .rounding import check_batching, warn_of_underflow
 from .witness import check_step
 
 
@@ -141,7 +140,7 @@ class Witness(Listener):
         self.alone: tuple[Cotangent, Tensor] | None = None
 
     def ask(self, traced: Traced, directions: int = 1) -> None:
-        """Compare this step, and warn of gradients whose squares are lost in Adam's slots."""
+        """Compare this step, and warn of gradients whose squares are lost in the optimizer's slots."""
         self.found[traced.state.step] = check_step(self.run, traced.state, self.weights, directions)
         hypers, group_of = self.run.hypers[traced.state.step], self.run.group_of
         hyper_of = {name: hypers[group_of[name]] for name in traced.grads}

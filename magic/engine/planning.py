@@ -232,11 +232,12 @@ def plan(
     _check_targets(targets)
     given = None if actions is None else tuple(actions)
     if given is None:
-        count = min(_checked_states(states), run.steps)
+        count, traces = min(_checked_states(states), run.steps), 0
     else:
-        count = schedule.check(given, run.steps).peak_states
+        took = schedule.check(given, run.steps)
+        count, traces = max(1, took.peak_states), took.peak_traces if took.traced else 0
     work = _work(run, targets, measure_step(run, targets))
-    return Plan(work, targets, search.chunk_of(run, work.step), 0, (0,) * count, None, given)
+    return Plan(work, targets, search.chunk_of(run, work.step), traces, (0,) * count, None, given)
 
 
 def plan_within(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..kernels.graph import graph_nodes
 from ..training import optim
 from ..training.run import Run
-from ..training.state import Cotangent
+from ..training.state import Cotangent, State
 from .adjoint import Traced
 from .finite_difference import warn
 from .refusals import NotDifferentiable
 
+# The rules that divide a gradient by its own size: their names, and the slot of its squares.
+DIVIDING = {optim.adam: ("Adam", "exp_avg_sq"), optim.rmsprop: ("RMSprop", "square_avg")}
 NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
 
 
@@ -45,13 +49,13 @@ def check_batching(alone: tuple, together: tuple, traced: Traced) -> None:
 
 
 def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
-    """Warn of a parameter whose gradient is nothing but rounding, where Adam makes it matter.
+    """Warn of a parameter whose gradient is nothing but rounding, where the optimizer makes it matter.
 
     The bias in front of a normalisation is one. Adam divides the noise by itself, so the parameter wanders;
     where the measure sees it, as through running statistics, so do the outputs and their derivative. The
     bias of an attention's keys wanders as well, but nothing sees it: its cotangent is noise, too.
     """
-    if run.rule is not optim.adam:
+    if run.rule not in DIVIDING:
         return
 
     def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -65,8 +69,48 @@ def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
     if noisy:
         warn(
             f"step {traced.state.step}: the gradient of {noisy[0]!r} is rounding noise, as that of a bias in "
-            "front of a normalisation is, and Adam divides it by itself: what it does to the outputs is "
-            "chance. Leave the bias out (bias=False), or do not train it"
+            f"front of a normalisation is, and {DIVIDING[run.rule][0]} divides it by itself: what it does to "
+            "the outputs is chance. Leave the bias out (bias=False), or do not train it"
+        )
+
+
+def underflowing(grad: Tensor, squares: Tensor) -> int:
+    """Entries of a gradient that are not 0 while its squares, averaged, are: they underflowed.
+
+    There the update depends on the gradient through its numerator alone, and what is taken for the derivative
+    by the squares, 0, is not the one of exact arithmetic. In float32 it begins near 1e-22, and matters for an
+    ε below 1e-16.
+    """
+    return int(((grad != 0) & (squares == 0)).sum())
+
+
+def warn_of_underflow(
+    rule: optim.Rule, state: State, grads: Mapping[str, Tensor], hyper_of: Mapping[str, Mapping]
+) -> None:
+    """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
+
+    `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
+    the root of what underflows, as the usual 1e-8 is, nothing is lost.
+    """
+    if rule not in DIVIDING:
+        return
+    (told, slot), counts = DIVIDING[rule], {}
+    for name, grad in grads.items():
+        known = torch.finfo(grad.dtype)
+        hidden = (known.smallest_normal * known.eps) ** 0.5  # the root of the smallest number
+        hyper = hyper_of[name]
+        if not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
+            grad = grad.detach()
+            counts[name] = underflowing(
+                grad, rule(state.params[name], grad, state.slots[name], hyper)[1][slot]
+            )
+    worst = max(counts, key=counts.__getitem__, default=None)
+    if worst is not None and counts[worst]:
+        root = "an eps_root or " if rule is optim.adam else ""
+        warn(
+            f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "
+            f"{told}, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale the loss "
+            f"up, give the group {root}a larger eps, or use float64"
         )
 
 

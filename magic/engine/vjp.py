@@ -23,7 +23,7 @@ def pull(
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Vector-Jacobian products for `count` targets, at most `chunk` of them in flight at once.
 
-    cotangents   rows of targets -> their cotangents, (rows, *output) for each output; asked for once
+    cotangents   rows of targets -> their cotangents, (rows, *output) for each output; asked for once a row
     yields       rows, and their products, (rows, *input) for each input
 
     Where an operation cannot be batched, warns with its name and goes on one by one.
@@ -40,14 +40,16 @@ def pull(
         if rows.stop - rows.start > 1:
             try:
                 with _no_slow_batching():
-                    yield rows, torch.vmap(vjp)(*given)
-                return
+                    products = torch.vmap(vjp)(*given)
             except RuntimeError as error:
                 if "vmap" not in str(error) and "atch" not in str(error):
                     raise
                 warnings.warn(
                     f"the {count} targets are pulled back one by one, which is slower: {error}", stacklevel=4
                 )
+            else:
+                yield rows, products
+                return
         for i in range(rows.stop - rows.start):
             k = rows.start + i
             yield slice(k, k + 1), tuple(x.unsqueeze(0) for x in vjp(*(c[i] for c in given)))

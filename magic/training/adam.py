@@ -5,13 +5,10 @@ Source: torch/optim/adam.py; Kingma & Ba 2015; Loshchilov & Hutter 2019.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from .update import Pull, Rule, Slots, pull_decay_and_sign
+from .update import Pull, Slots, pull_decay_and_sign
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -94,41 +91,3 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
         return pull_decay_and_sign(to_param, to_grad, hyper)
 
     return pull
-
-
-def underflowing(grad: Tensor, after: Slots) -> int:
-    """Entries of a gradient that are not 0 while Adam's v, after this update, is: their square underflowed.
-
-    There the update depends on the gradient through m alone, and what is taken for the derivative by v, 0,
-    is not the one of exact arithmetic. In float32 it begins near 1e-22, and matters for an ε below 1e-16.
-    """
-    if "exp_avg_sq" not in after:
-        return 0
-    return int(((grad != 0) & (after["exp_avg_sq"] == 0)).sum())
-
-
-def warn_of_underflow(
-    rule: Rule, state, grads: Mapping[str, Tensor], hyper_of: Mapping[str, Mapping]
-) -> None:
-    """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
-
-    `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
-    the root of what underflows, as the usual 1e-8 is, nothing is lost.
-    """
-    counts = {}
-    for name, grad in grads.items():
-        known = torch.finfo(grad.dtype)
-        hidden = (known.smallest_normal * known.eps) ** 0.5  # the root of the smallest number
-        hyper = hyper_of[name]
-        if rule is adam and not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
-            grad = grad.detach()
-            after = rule(state.params[name], grad, state.slots[name], hyper)[1]
-            counts[name] = underflowing(grad, after)
-    worst = max(counts, key=counts.__getitem__, default=None)
-    if worst is not None and counts[worst]:
-        warnings.warn(
-            f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "
-            f"Adam, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale the loss "
-            "up, give the group an eps_root or a larger eps, or use float64",
-            stacklevel=3,
-        )

@@ -14,7 +14,7 @@ from .rmsprop import rmsprop, rmsprop_adjoint
 from .sgd import sgd, sgd_adjoint
 from .update import Pull, Rule
 
-# Another optimizer is one more file like sgd.py, and a line in each of these two tables.
+# How to add another one, CONTRIBUTING.md says.
 RULES: dict[type, Rule] = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
@@ -103,7 +103,7 @@ def _check_options(group: dict) -> None:
             raise ValueError(reason)
     if group.get("eps_root") and (group["eps_root"] < 0 or "betas" not in group):
         raise ValueError(f"eps_root={group['eps_root']}: a positive number, and of Adam or AdamW")
-    for option in ("lr", "weight_decay", "betas", "eps", "eps_root", "momentum", "dampening"):
+    for option in ("lr", "weight_decay", "betas", "alpha", "eps", "eps_root", "momentum", "dampening"):
         values = group.get(option, 0.0)
         if any(isinstance(v, Tensor) for v in (values if isinstance(values, tuple) else (values,))):
             raise ValueError(f"{option} is a tensor; pass a Python float")

@@ -22,7 +22,7 @@ def rmsprop(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Ten
         slots = dict.fromkeys(names, torch.zeros_like(param, memory_format=torch.preserve_format))
     if hyper["weight_decay"] != 0:
         grad = grad.add(param, alpha=hyper["weight_decay"])
-    new = {"square_avg": slots["square_avg"].mul(alpha).addcmul_(grad, grad, value=1 - alpha)}
+    new = {**slots, "square_avg": slots["square_avg"].mul(alpha).addcmul_(grad, grad, value=1 - alpha)}
     square = new["square_avg"]
     if hyper["centered"]:
         mean = new["grad_avg"] = slots["grad_avg"].lerp(grad, 1 - alpha)
@@ -40,7 +40,8 @@ def rmsprop_adjoint(
     """The adjoint of `rmsprop`: v' = αv + (1 − α)g², m' = αm + (1 − α)g, d = √(v' − m'²) + ε with
     centered, else √v' + ε; b' = μb + g/d, p' = p − ηb'.
 
-    Where the root is 0, so is g, and the derivative by v' is taken as 0, as in `adam_adjoint`.
+    Where the root is 0 (no gradient has been, its square underflows, or, centred, it is steady to the last
+    bit), the derivative by v' is taken as 0, as in `adam_adjoint`.
     """
     alpha, momentum, centered = hyper["alpha"], hyper["momentum"], hyper["centered"]
     if after is None:
@@ -54,7 +55,7 @@ def rmsprop_adjoint(
         square = square.addcmul(after["grad_avg"], after["grad_avg"], value=-1)
     root = square.sqrt()
     denominator = root + hyper["eps"]
-    by_square = torch.where(root > 0, -grad / (2 * root * denominator**2), 0.0)  # of g/d
+    by_square = torch.where(root > 0, -0.5 * (grad / denominator) / (denominator * root), 0.0)  # of g/d
 
     def pull(cotangent: dict[str, Tensor]) -> Tensor:
         to_param, to_square = cotangent["param"], cotangent["square_avg"]

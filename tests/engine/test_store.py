@@ -1,7 +1,6 @@
 """What a place gives back has the bits that were stored, or it raises; a file is whole or not there."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -179,16 +178,11 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_is_full_in_mid_run(tmp_path, request):
+def test_a_disk_that_is_full_in_mid_run(tmp_path, printed):
     """A limit on file sizes stands in for a full disk. What was noted before is kept, and goes on."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=request.config.rootpath,
-    )
-    assert "could not be written" in done.stdout, done.stdout + done.stderr
-    assert "make room, or give another folder, and call again" in done.stdout
+    said = printed(FULL, tmp_path)
+    assert "could not be written" in said
+    assert "make room, or give another folder, and call again" in said
     assert not list(tmp_path.rglob("*.part"))
     (kept,) = (tmp_path / "training").iterdir()
     assert kept.name == "state-000000005.safetensors"
@@ -223,14 +217,8 @@ print(len(bank), "rows")
 """
 
 
-def test_scores_and_banks_on_a_full_disk(tmp_path, request):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_LATER, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=request.config.rootpath,
-    )
-    scores, bank, rows = done.stdout.splitlines()
+def test_scores_and_banks_on_a_full_disk(tmp_path, printed):
+    scores, bank, rows = printed(FULL_LATER, tmp_path).splitlines()
     assert "scores.npz could not be written" in scores and "make room" in scores
     assert "cannot be used as a bank" in bank
     assert rows == "2 rows"

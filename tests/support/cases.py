@@ -173,6 +173,13 @@ def one_cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS)
 
 
+def falling_momentum(optimizer):
+    """Momentum .9, 0 when the rate is highest, and .9 again."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.02, total_steps=STEPS, base_momentum=0.0, max_momentum=0.9
+    )
+
+
 def warm_then_cosine(optimizer):
     s = torch.optim.lr_scheduler
     return s.SequentialLR(
@@ -201,6 +208,7 @@ CASES = {
     "adamw-maximize": Case(mlp, adamw(1e-3, maximize=True)),
     "rmsprop": Case(mlp, rmsprop(weight_decay=0.01)),
     "rmsprop-centered": Case(mlp, rmsprop(centered=True, momentum=0.9, alpha=0.9, eps=1e-4)),
+    "rmsprop-onecycle": Case(mlp, rmsprop(momentum=0.9), falling_momentum),
     "sgd-onecycle": Case(mlp, sgd(momentum=0.9), one_cycle),
     "adamw-onecycle": Case(mlp, adamw(), one_cycle),
     "adam-sequential": Case(mlp, adam(), warm_then_cosine),

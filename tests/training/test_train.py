@@ -1,8 +1,5 @@
 """run.train() is the plain PyTorch loop, bit for bit, and a run is the same in every process."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -65,15 +62,12 @@ PRINT = (
 )
 
 
-def test_same_bits_in_another_process(request):
+def test_same_bits_in_another_process(printed):
     here = [
         cases.build(n, torch.float32)[0].train(progress=False).fingerprint()
         for n in ("dropout", "batchnorm-adamw")
     ]
-    there = subprocess.run(
-        [sys.executable, "-c", PRINT], capture_output=True, text=True, check=True, cwd=request.config.rootpath
-    )
-    assert there.stdout.split() == here
+    assert printed(PRINT).split() == here
 
 
 def test_removed_by_weight_or_left_out_of_the_batch():
