@@ -1,4 +1,5 @@
-"""Modules that have moved into a wing: their old names still work, with a warning, for one version."""
+"""Modules that have moved into a wing. The old names of those that were used from outside still work, with a
+warning, for one version."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-import warnings
+
+from .show import warn_of_old
 
 MOVED = {
     "bank": "evidence.bank",
@@ -57,13 +59,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         old = module.__name__.rpartition(".")[2]
         new = f"{__package__}.{MOVED[old]}"
         if old not in PUBLIC:
-            warnings.warn(f"magic.{old} is {new} now; the old name will go", DeprecationWarning, stacklevel=2)
+            warn_of_old(f"magic.{old}", new)
         sys.modules[module.__name__] = importlib.import_module(new)
 
 
 def install() -> None:
     """From now on, the old names are found."""
-    if not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 

@@ -256,7 +256,7 @@ def main() -> None:
     if given.compare:
         compare(found)
     if given.keep:
-        keep(found, provenance(given.threads, given.rounds))
+        keep(found, provenance(given.threads, given.rounds) | {"memory": given.memory})
 
 
 if __name__ == "__main__":

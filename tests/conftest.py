@@ -1,6 +1,7 @@
 """Bits depend on the thread count, so it is fixed; unit tests also run on CUDA where there is one."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -29,6 +30,19 @@ def no_mode_is_left_behind():
     before = len(_get_current_function_mode_stack())
     yield
     assert len(_get_current_function_mode_stack()) == before
+
+
+@pytest.fixture
+def printed(request):
+    """printed(code, *arguments): what a Python process of its own prints, in the repository's root."""
+
+    def run(code, *arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

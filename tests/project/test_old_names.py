@@ -1,7 +1,6 @@
 """Names from before the wings still work, with a warning that says the new one."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -19,7 +18,7 @@ def test_an_old_module_is_the_new_one(old):
     assert found.__name__ == found.__spec__.name == f"magic.{MOVED[old]}"
 
 
-def test_names_imported_from_the_package_and_from_its_modules():
+def test_names_imported_from_the_package_and_from_its_modules(printed):
     code = """
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -32,7 +31,7 @@ assert where is magic.points and magic.where is where and magic.schedule.Save is
 assert magic.compare is magic.judgement.compare and magic.optimality is best_linear.optimality
 assert callable(magic.curvature) and callable(magic.train)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    printed(code)
 
 
 def test_what_was_never_there_is_not_found():
