@@ -21,7 +21,7 @@ To see how `attribute()` works, read these files in this order, some nine hundre
 opens with what it is for. A run as a function: training/state, update, sgd, network, gradient, run. Its
 derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last `attribute` in attribution, which
 calls them. It takes two hours; in the first one leave out proofs, the table of scores, and how a Run reads
-its arguments. The other files are checks, places and conveniences. Chapters 03 to 05 tell the same at
+its arguments. The other files are checks, places and conveniences. Chapters 03 to 06 tell the same at
 leisure.
 """
 

@@ -310,7 +310,7 @@ class Meter(TorchDispatchMode):
 
 # %% [markdown]
 # We unroll runs of 10 to 80 steps under the meter, and let `magic` differentiate the same runs, under the same
-# meter, with at most six states of the run kept at a time (`magic.plan(run, states=6)`; chapter 05 is about how that can be enough).
+# meter, with at most six states of the run kept at a time (`magic.plan(run, states=6)`; chapter 06 is about how that can be enough).
 
 
 # %%
@@ -468,7 +468,7 @@ claim("step by step, the same scores, to nine digits", close(by_hand, scores))
 
 # %% [markdown]
 # What `magic` does is this loop, with two things added: it need not keep all the states, and its single step
-# is taken apart. [Chapter 04](04_one_step_backwards.ipynb) takes the step apart, chapter 05 drops the states.
+# is taken apart. [Chapter 04](04_one_step_backwards.ipynb) takes the step apart, chapter 06 drops the states.
 #
 # ## What we ignored
 #

@@ -418,7 +418,7 @@ def pull_adamw(state, weight, batch, cotangent, lr, beta1, beta2, eps, decay):
 
 # %% [markdown]
 # The line with `torch.where` steps around a division by zero: where all gradients of a parameter have been zero,
-# $\sqrt{v'}$ has no slope. What the right answer is there, and other traps of Adam, are for chapter 06.
+# $\sqrt{v'}$ has no slope. What the right answer is there, and other traps of Adam, are for chapter 05.
 #
 # ## 6 · `magic`'s step
 #
@@ -763,4 +763,4 @@ table.round(6)
 #    <details><summary>Hint</summary>Count the rounded weights that differ between the two. A derivative knows
 #    the slope between the jumps, and nothing of how high they are.</details>
 #
-# **Next:** [05 · Remember, forget, replay](05_remember_forget_replay.ipynb).
+# **Next:** [05 · Optimizers with memory](05_optimizers_with_memory.ipynb).

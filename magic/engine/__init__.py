@@ -1,6 +1,6 @@
 """The engine, REPLAY: the derivative of a whole run, from few states.
 
-Read `adjoint`, `schedule`, `replay`, in this order: chapters 04 and 05 of the book, in the package's words.
+Read `adjoint`, `schedule`, `replay`, in this order: chapters 04 and 06 of the book, in the package's words.
 
 refusals           what has no derivative is refused
 vjp                many targets pulled back through one graph

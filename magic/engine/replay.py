@@ -5,7 +5,7 @@ states are recomputed from the few that are kept, last step first, and the cotan
 back through each. Targets go back together, so the recomputation is paid once for all of them.
 
 The way down is training, from step 0 to T; the way back pulls the cotangents from T to 0; one of each is a
-sweep. `reverse` is the loop of chapter 05, which makes one sweep. Around it, in plain order: `_Sweeps`
+sweep. `reverse` is the loop of chapter 06, which makes one sweep. Around it, in plain order: `_Sweeps`
 makes one for each group of targets, and `metagradient` opens the folder in which the work survives being
 killed.
 
@@ -105,7 +105,7 @@ def reverse(
     listener: Listener,
     chunk: int,
 ) -> None:
-    """Follow a schedule down and back: the loop of chapter 05.
+    """Follow a schedule down and back: the loop of chapter 06.
 
     turn      the step at which the way back begins, traced -> the cotangent that it begins with
     listener  hears of every step, and of every pull before and after it

@@ -73,7 +73,7 @@ SCHEDULES = {
 
 
 def by_hand(name):
-    """Chapter 05's loop, all states kept."""
+    """Chapter 06's loop, all states kept."""
     run, *_ = cases.build(name)
     weights, states = run.weights(), [run.initial]
     for _ in range(run.steps):

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 07 · Is the derivative useful?
+# # 08 · Is the derivative useful?
 #
 # **Question.** The derivative of training is exact. When does it also tell what happens?
 #
@@ -194,7 +194,7 @@ claim("with kinks it is below .5", mine[1] < 0.5)
 # ## 4 · One knob at a time
 #
 # Now all knobs, one after the other, everything else as in section 1. For each recipe: its accuracy; its metasmoothness over two random directions; and, because that is what we
-# are after, how well its derivative in fact *predicts*: the LDS over sixteen sets of 1 %, retrained, for ten of the recipes ([chapter 09](09_is_it_right.ipynb)
+# are after, how well its derivative in fact *predicts*: the LDS over sixteen sets of 1 %, retrained, for ten of the recipes ([chapter 10](10_is_it_right.ipynb)
 # is about that).
 
 # %%
@@ -314,7 +314,7 @@ claim(
 
 # %% [markdown]
 # The tangents on the two sides of a jump are parallel, and the jump is in neither. So: metasmoothness for what is *between* the points, the cosine for how far a
-# tangent reaches where there are no jumps. `magic.curvature` (chapter 10) makes the second a forecast.
+# tangent reaches where there are no jumps. `magic.curvature` (chapter 11) makes the second a forecast.
 #
 # ## 6 · Choosing a recipe
 #
@@ -348,4 +348,4 @@ table.round(3)
 #    last step on both sides. <details><summary>Hint</summary>A forward hook on the activation, <code>> 0</code>.</details>
 # 3. ●●● (20 min) SiLU, Softplus and GELU, all smooth. Which is the smoothest at equal accuracy?
 #
-# **Next:** [08 · Which examples mattered?](08_magic.ipynb)
+# **Next:** [09 · Which examples mattered?](09_which_examples_mattered.ipynb)

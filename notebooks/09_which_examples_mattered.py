@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 08 · Which examples mattered?
+# # 09 · Which examples mattered?
 #
 # **Question.** *Had I removed training image 42, would the loss on test image 7 have gone up?*
 #
@@ -190,11 +190,11 @@ print(f"{among}; the one fallen for {fallen_for:.0%}")
 # ## 3 · Number 42
 #
 # Now the question. And since image 42 is one of thousands, and may well not matter, also the image that helps test image 7 most, and the one
-# that harms it most. Each answer is checked by one more training, which the **bank** remembers ([chapter 09](09_is_it_right.ipynb) explains
+# that harms it most. Each answer is checked by one more training, which the **bank** remembers ([chapter 10](10_is_it_right.ipynb) explains
 # it; one comes with this chapter, so that reading it does not take eighty trainings).
 
 # %%
-shipped, folder = Path("banks/08_magic.sqlite"), Path(tempfile.mkdtemp())
+shipped, folder = Path("banks/09_which_examples_mattered.sqlite"), Path(tempfile.mkdtemp())
 if shipped.exists():
     shutil.copy(shipped, folder)
 bank = magic.Bank(folder / shipped.name, run, measure, name=f"{DATA} {device}")
@@ -298,7 +298,7 @@ claim(
 
 # %% [markdown]
 # The dashed lines fall below the solid ones as the sets grow. Images that help are alike. While they are all there, each is a little
-# redundant; the tangent at $w = 1$ counts each as if the others stayed, and says too little. [Chapter 09](09_is_it_right.ipynb) shows how that
+# redundant; the tangent at $w = 1$ counts each as if the others stayed, and says too little. [Chapter 10](10_is_it_right.ipynb) shows how that
 # goes on for random sets, up to half of the data.
 #
 # Three of the bank's trainings again, whoever made it:
@@ -331,4 +331,4 @@ claim("made again, they agree to a hundredth of the outputs' standard deviation"
 #    rate until the accuracy is back. Which of the two costs more of the LDS?
 #    <details><summary>Hint</summary>The bank does not know these runs; use twelve subsets.</details>
 #
-# **Next:** [09 · Is it right?](09_is_it_right.ipynb)
+# **Next:** [10 · Is it right?](10_is_it_right.ipynb)

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 10 · How near is near-optimal?
+# # 11 · How near is near-optimal?
 #
 # **Question.** MAGIC calls itself "near-optimal". How near, and for how large a removal?
 #
@@ -59,7 +59,7 @@ plot.style()
 # %% [markdown]
 # ## 1 · Three trainings, from smooth to rough
 #
-# The network of chapters 00 and 09 on 1,200 digits; ten test losses. The middle recipe is chapter 09's.
+# The network of chapters 00 and 10 on 1,200 digits; ten test losses. The middle recipe is chapter 10's.
 
 # %%
 x, y, x_test, y_test = (part.to(device) for part in data.digits(train=1200, test=500))
@@ -87,10 +87,10 @@ recipes = {"smooth": run_with(0.05, 10), "ours": run_with(0.1, 20), "rough": run
 full = {name: magic.attribute(run, measure, progress=False) for name, run in recipes.items()}
 
 # %% [markdown]
-# The truth comes from retrainings, some fourteen hundred of them, in a bank that is shipped with the chapter ([chapter 09](09_is_it_right.ipynb)).
+# The truth comes from retrainings, some fourteen hundred of them, in a bank that is shipped with the chapter ([chapter 10](10_is_it_right.ipynb)).
 
 # %%
-shipped, folder = Path("banks/10_how_near_is_near_optimal.sqlite"), Path(tempfile.mkdtemp())
+shipped, folder = Path("banks/11_how_near_is_near_optimal.sqlite"), Path(tempfile.mkdtemp())
 if shipped.exists():
     shutil.copy(shipped, folder)
 
@@ -617,7 +617,7 @@ pd.DataFrame({f"{at}, {drop:.0%}": dict(r.rows()) for (drop, at), r in deep_resu
 # ## What we ignored, and what did not help
 #
 # - **The gap is one of correlations.** A prediction can be linear and optimal in rank and off in size; `r2` shows that.
-# - **Sets of one size, drawn evenly.** For sets that were *chosen*, such as the most helpful images, no average over random sets says anything. Chapter 09 shows what happens there.
+# - **Sets of one size, drawn evenly.** For sets that were *chosen*, such as the most helpful images, no average over random sets says anything. Chapter 10 shows what happens there.
 # - **Stein's identity** holds for Gaussian $w$, and for random sets only as far as sums of many weights are nearly Gaussian.
 # - **The mean over sets** costs a replay for each, and beats the centre nowhere here by more than its interval. **The path** gets the mean size right, and ranks worse than its end.
 # - **The forecast** is of second order, and an upper bound. It can warn of a derivative; it cannot vouch for one.

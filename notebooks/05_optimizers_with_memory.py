@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 06 · Optimizers with memory
+# # 05 · Optimizers with memory
 #
 # **Question.** What must a training state contain? And what goes wrong when something is left out?
 #
@@ -862,4 +862,4 @@ claim("with any one thing left out, above 30 %", min(wrong) > 0.3 and len(wrong)
 #    vanish as the training settles? <details><summary>Hint</summary>The statistics are a function of the parameters,
 #    and the parameters still depend on the weights, however slowly they move.</details>
 #
-# **Next:** the derivative is exact. [Is the prediction right?](09_is_it_right.ipynb)
+# **Next:** the derivative is exact. [06 · Remember, forget, replay](06_remember_forget_replay.ipynb)

@@ -12,11 +12,11 @@
 # ---
 
 # %% [markdown]
-# # 09 · Is it right?
+# # 10 · Is it right?
 #
 # **Question.** We predict what removing training examples does. Does it happen?
 #
-# The derivative is exact; chapters 03 to 06 saw to that. The *prediction* is another matter: it takes a derivative at one
+# The derivative is exact; chapters 03 to 07 saw to that. The *prediction* is another matter: it takes a derivative at one
 # point for the whole way to another. There is one judge for that, and he is expensive: train again without the examples, many times,
 # and look. He is also fair. He does not ask how a prediction was made, so here he hears four of them.
 #
@@ -91,7 +91,7 @@ exact = magic.attribute(run, measure, progress=False)
 # are made afresh, on all cores, in a few minutes. (The cell works on a copy.)
 
 # %%
-shipped, folder = Path("banks/09_is_it_right.sqlite"), Path(tempfile.mkdtemp())
+shipped, folder = Path("banks/10_is_it_right.sqlite"), Path(tempfile.mkdtemp())
 if shipped.exists():
     shutil.copy(shipped, folder)
 
@@ -251,7 +251,7 @@ claim("and wrong for large ones: R² below 0 at 50 %", ours["R2"][0.5] < 0)
 
 # %% [markdown]
 # The ranks hold for surprisingly long, the sizes do not: a tangent at $w = 1$ knows nothing of what the other half of the data does when
-# the first half is gone. Chapter 10 takes the derivative elsewhere and gets both.
+# the first half is gone. Chapter 11 takes the derivative elsewhere and gets both.
 #
 # ## 5 · One example, and the most helpful ones
 #
@@ -420,7 +420,7 @@ pd.Series(survives, name="LDS").round(3).to_frame()
 # ## 7 · A network people believe in
 #
 # One hidden layer is a friendly case for everybody. So once more: two convolutions with BatchNorm, 4,000 images of Fashion-MNIST, momentum 0.9,
-# 480 steps, and a rate that rises and then falls to zero ([chapter 08](08_magic.ipynb) says why). Ten test images, sixty times a random 1 % left out.
+# 480 steps, and a rate that rises and then falls to zero ([chapter 09](09_which_examples_mattered.ipynb) says why). Ten test images, sixty times a random 1 % left out.
 # (Where Fashion-MNIST is neither there nor can be had, the digits again.)
 
 # %%
@@ -504,7 +504,7 @@ claim("made again, they agree to a hundredth of the outputs' standard deviation"
 # %% [markdown]
 # ## What we ignored
 #
-# - **Larger models.** A thousandth of what people train. For ResNet-9, see [chapter 08](08_magic.ipynb).
+# - **Larger models.** A thousandth of what people train. For ResNet-9, see [chapter 09](09_which_examples_mattered.ipynb).
 # - **Tuning.** TRAK and EK-FAC have more settings than we tried; the five starts and the dampings are those that matter most
 #   according to their authors.
 # - **Rough training.** With a larger rate the exact derivative predicts less and less.

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # 05 · Remember, forget, replay
+# # 06 · Remember, forget, replay
 #
 # **Question.** The way back through a run needs its states, the last one first. Which of them should we keep?
 #
@@ -822,7 +822,7 @@ frame.round(2)
 # | tried | found | kept |
 # |---|---|---|
 # | the record as the training's own step (section 8) | 4.1 plain loops instead of 5.4 (MLP, one target, 200 steps) | yes |
-# | the optimizer's adjoint by hand, in place (chapter 06's diagonals) | 0.28 of a step instead of 0.81 by autograd (AdamW, MLP) | yes |
+# | the optimizer's adjoint by hand, in place (chapter 05's diagonals) | 0.28 of a step instead of 0.81 by autograd (AdamW, MLP) | yes |
 # | second derivatives of batch, layer and group norm in closed form | for BatchNorm autograd's took over fifty passes over the activations, ours takes a handful | yes |
 # | batching targets with `vmap` on a CPU | 5 times faster for a network of a few thousand parameters, slower for matrices of 256 and up | by size |
 # | scores added by `index_add_` | a vector of $B$ numbers a step instead of $n$ | yes |
@@ -859,4 +859,4 @@ frame.round(2)
 #    every $2^j$-th state; when there are too many, double. See Stumm and Walther (2010), *New algorithms for optimal online
 #    checkpointing*.</details>
 #
-# **Next:** [06 · Optimizers with memory](06_optimizers_with_memory.ipynb).
+# **Next:** [08 · Is the derivative useful?](08_is_the_derivative_useful.ipynb).
