@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..show import old_names
+from ..show import Figure, old_names
 
 
 def agree(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6) -> None:
@@ -33,14 +33,43 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1).view(torch.uint8)
 
 
-def claim(text: str, holds: bool) -> None:
+def claim(
+    text: str,
+    holds: bool | float | Figure | Tensor,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    digits: int = 3,
+) -> None:
     """Print a claim after asserting it, so that a stored output is a claim that held.
 
-    Raises AssertionError for one that does not.
+    holds      whether the claim holds; or, with a bound, the number that it bounds: a float, a tensor of
+               one element, or a Figure, whose mean has to keep the bound and whose interval is printed
+    at_least, at_most
+               the bounds; the number is printed beside them, "✓ LDS ≥ 0.98 (0.992 [0.978, 0.996])".
+               nbval compares the claim and its bound; the number behind them may differ between machines
+    digits     significant digits of the number that is printed
+
+    Raises AssertionError, with the number, for a claim that does not hold, NaN included.
     """
-    if not holds:
-        raise AssertionError(f"does not hold: {text}")
-    print(f"✓ {text}")
+    if at_least is None and at_most is None:
+        if not holds:
+            raise AssertionError(f"does not hold: {text}")
+        print(f"✓ {text}")
+        return
+    number = holds if isinstance(holds, Figure) else float(holds)
+    value = number.mean if isinstance(number, Figure) else number
+    said = f"{text} {_bounds(at_least, at_most)}"
+    kept = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    if not kept:
+        raise AssertionError(f"does not hold: {said}, it is {number:.{digits}g}")
+    print(f"✓ {said} ({number:.{digits}g})")
+
+
+def _bounds(at_least: float | None, at_most: float | None) -> str:
+    if at_least is not None and at_most is not None:
+        return f"in [{at_least:g}, {at_most:g}]"
+    return f"≥ {at_least:g}" if at_least is not None else f"≤ {at_most:g}"
 
 
 __getattr__ = old_names(__name__, {"compare": "agree"})

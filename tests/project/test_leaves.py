@@ -388,3 +388,18 @@ def test_agree_and_claim(capsys):
     assert "✓ holds" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="does not hold: no"):
         checks.claim("no", False)
+
+
+def test_a_claim_prints_its_number_beside_its_bound(capsys):
+    figure = Figure(0.99213, 0.9781, 0.996)
+    checks.claim("LDS", figure, at_least=0.98)
+    checks.claim("error", torch.tensor(3.14e-13), at_most=1e-9, digits=2)
+    checks.claim("slope", 1.1301, at_least=0.9, at_most=1.2)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ LDS ≥ 0.98 (0.992 [0.978, 0.996])", "✓ error ≤ 1e-09 (3.1e-13)", "✓ slope in [0.9, 1.2] (1.13)",
+    ]  # fmt: skip
+    for number, bounds in ((0.97, {"at_least": 0.98}), (float("nan"), {"at_most": 1}), (3, {"at_most": 2})):
+        with pytest.raises(AssertionError, match=r"does not hold: it [≥≤] .*, it is (0.97|nan|3)"):
+            checks.claim("it", number, **bounds)
+    with pytest.raises(AssertionError, match=r"LDS ≥ 0.999, it is 0.992 \[0.978, 0.996\]"):
+        checks.claim("LDS", figure, at_least=0.999)
