@@ -44,27 +44,63 @@ def images(pictures: Tensor, titles: Sequence[str], columns: int = 6, colors: Se
     return figure
 
 
+def chain(ax=None):
+    """A run of T steps as a chain of states, and the cotangent's way back; returns the axes."""
+    plt, _ = _libraries()
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.4, 2.4))
+    ax.set(xlim=(-0.4, 6.4), ylim=(-1.25, 1.15))
+    ax.axis("off")
+
+    def arrow(start: tuple, end: tuple, color: str, bend: float = 0.0) -> None:
+        shape = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", end, start, arrowprops={**shape, "color": color, "linewidth": 1.4})
+
+    for k, name in enumerate(["s_0", r"\cdots", "s_t", "s_{t+1}", r"\cdots", "s_T", r"\varphi"]):
+        ax.text(k, 0, f"${name}$", ha="center", va="center", fontsize=15)
+        if k:
+            arrow((k - 0.72, 0), (k - 0.3, 0), NEUTRAL)
+            arrow((k - 0.12, 0.24), (k - 0.88, 0.24), HARMFUL, bend=0.35)
+        if 0 < k < 6:
+            arrow((k - 0.42, -0.78), (k - 0.42, -0.12), NEUTRAL)
+            arrow((k - 0.58, -0.12), (k - 0.58, -0.78), HARMFUL)
+            ax.text(k - 0.5, -1.02, "$w$", ha="center", va="center", fontsize=14)
+    for k, name in {2: r"\Delta_t", 3: r"\Delta_{t+1}", 5: r"\Delta_T"}.items():
+        ax.text(k, 0.52, f"${name}$", ha="center", color=HARMFUL, fontsize=13)
+    ax.text(-0.35, -1.02, "weights", ha="left", va="center", fontsize=10)
+    ax.text(-0.35, 0.72, "the way back", ha="left", color=HARMFUL, fontsize=10)
+    return ax
+
+
 def predicted_against_true(result, ax=None, targets: int | None = 1):
     """Predicted against true change of the measured outputs, a dot per retrained model; returns the axes.
 
-    `result` is what `magic.lds` returns; `targets` limits the dots to the first so many outputs.
+    `result` is what `magic.lds` returns; `targets` limits the dots to the first so many outputs. Where they
+    are several, each output's changes are divided by the standard deviation of its true ones, since one
+    output that changes much would leave the others no room.
     """
     plt, sns = _libraries()
     if ax is None:
         _, ax = plt.subplots(figsize=(4.4, 4.2))
     predicted = (result.predicted - result.baseline)[:, :targets]
     true = (result.true - result.baseline)[:, :targets]
+    several = true.shape[1] > 1
+    unit = true.std(0) if several else torch.ones(1)
+    predicted, true = predicted / unit, true / unit
     low, high = (f(torch.cat([predicted, true])).item() for f in (torch.min, torch.max))
     margin = 0.06 * (high - low)
     ends = [low - margin, high + margin]
     ax.plot(ends, ends, color=NEUTRAL, linewidth=1, zorder=1)
+    look = {"s": 18, "alpha": 0.7, "linewidth": 0} if several else {"s": 32}
     sns.scatterplot(
-        x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, s=32, color=HELPFUL, zorder=2
+        x=predicted.flatten().numpy(), y=true.flatten().numpy(), ax=ax, color=HELPFUL, zorder=2, **look
     )
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted change", ylabel="true change, retrained")
+    if several:
+        ax.set(xlabel="predicted change / its output's σ", ylabel="true change, retrained / σ")
     ax.locator_params(nbins=5)
-    title = f"{len(true)} {result.what}"
-    ax.set_title(f"{title}\nLDS {result.spearman} over {result.true.shape[1]} outputs")
+    title = f"{len(true)} {result.what}, {result.true.shape[1]} outputs"
+    ax.set_title(f"{title}\nLDS {result.spearman}, slope {result.slope:.2f}")
     return ax
 
 

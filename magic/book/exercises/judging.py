@@ -203,7 +203,7 @@ class Cases:
         return f"off by a factor of {factor:.3g}, everywhere"
 
     def _so_far(self) -> str:
-        return f"right for {_listed(self.right)}; " if self.right else ""
+        return f"right for {_listed(list(dict.fromkeys(self.right)))}; " if self.right else ""
 
 
 def _listed(names: list[str]) -> str:
