@@ -134,7 +134,7 @@ ax.legend();
 
 # %% [markdown]
 # The curve is smooth, and it falls: the more this image counts, the smaller the loss. The dashed **tangent** touches the curve at weight 1,
-# where our model is. Its slope is the score of the image, and following it down to weight 0 predicts what removal does: a rise by about as much as the curve's.
+# where our model is. Its slope is the **score** of the image. Followed down to weight 0, the tangent predicts what removal does: the loss rises, by nearly as much as the curve does.
 #
 # Here the slope came from trainings at either side. For 1,200 images that would be 2,400 trainings. There is a better way.
 
@@ -217,13 +217,14 @@ colors = [plot.HELPFUL if role == "helpful" else plot.HARMFUL for role in top["r
 plot.images(x[top["index"].tolist()], titles, columns=6, colors=colors);
 
 # %% [markdown]
-# The helpful images carry the right label. Most of
+# The first helpful image is the one whose dial we turned. All six carry the right label. Most of
 # the harmful ones carry the label that the network was led to. An image of the right class can do harm as well, when it
 # teaches the network a look that this one does not have.
 
 # %%
 labels = y[top["index"].tolist()].tolist()
 right = y_test[hardest].item()
+claim("the image of section 3 is the most helpful of 1,200", top["index"].iloc[0] == twin)
 claim("helpful images with the right label, of six", labels[:6].count(right), at_least=6)
 claim("harmful images with another label, of six", 6 - labels[6:].count(right), at_least=4)
 

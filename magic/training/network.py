@@ -38,6 +38,7 @@ class Network:
         self.module, self._call = module, _Call(module)
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self._sums = sums(self.frozen) if watch else {}
+        self._tied = _tied(module)
 
     def apply(self, f: Callable, params: dict, buffers: dict, held: dict | None = None) -> tuple:
         """f(model) with these tensors in the model, and the buffers that it left there.
@@ -48,7 +49,7 @@ class Network:
         held = held or {name: x.clone() for name, x in buffers.items()}
         fresh = {name: x._version for name, x in held.items()}
         tensors = {f"model.{name}": x for name, x in {**params, **held}.items()}
-        out = functional_call(self._call, tensors, (f,))
+        out = functional_call(self._call, tensors, (f,), tie_weights=self._tied)
         after = {name: tensors[f"model.{name}"] for name in buffers}
         for name, x in after.items():  # compared as well, since a write through .data leaves no trace
             if x is held[name] and x._version == fresh[name] and torch.equal(x, buffers[name]):
@@ -58,3 +59,9 @@ class Network:
     def changed(self) -> str | None:
         """The name of a frozen parameter whose bits are not what they were when the run was made."""
         return next((name for name, total in sums(self.frozen).items() if total != self._sums[name]), None)
+
+
+def _tied(module: nn.Module) -> bool:
+    """Whether a tensor has two names in the module. functional_call looks for such again in each call."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return len({id(x) for _, x in named}) < len(named)
