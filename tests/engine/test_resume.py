@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,24 +12,20 @@ import torch
 import magic
 from magic.engine import resume
 from magic.training.record import Passed
-from tests.support import cases
+from tests.support import cases, processes
 
-WORK = """
-import sys, torch, magic
-torch.set_num_threads(1)
-from tests.support import cases
-from tests.engine.test_resume import slowly
-what, folder = sys.argv[1:3]
-magic.engine.resume.Directory._due = lambda self: True
-run, measure = slowly()
-print("begun", flush=True)
-if what == "train":
-    print(magic.train(run, disk=folder, progress=False).fingerprint(), flush=True)
-else:
-    plan = magic.plan(run, targets=3, memory=what, disk=folder)
-    scores = magic.attribute(run, measure, disk=folder, progress=False, plan=plan)
-    print(magic.fingerprint(scores.values), flush=True)
-"""
+
+def work(what, folder, told):
+    """A training or a replay that notes all it does; tells that it begins, and what came out."""
+    resume.Directory._due = lambda self: True
+    run, measure = slowly()
+    told.send("begun")
+    if what == "train":
+        told.send(magic.train(run, disk=folder, progress=False).fingerprint())
+    else:
+        plan = magic.plan(run, targets=3, memory=what, disk=folder)
+        scores = magic.attribute(run, measure, disk=folder, progress=False, plan=plan)
+        told.send(magic.fingerprint(scores.values))
 
 
 def slowly():
@@ -50,40 +44,44 @@ def slowly():
     return run, cases.measure_on(x, y)
 
 
-def killed_again_and_again(what, folder, root, kills, seed):
-    """Start the work, kill it after a while, and again; then let it end. Returns what it printed."""
+def killed_again_and_again(what, folder, kills, seed):
+    """Start the work, kill it after a while, and again; then let it end. Returns what came out."""
     dice, did_something = random.Random(seed), 0
+
+    def started():
+        heard, told = multiprocessing.Pipe(duplex=False)
+        process = processes.start(work, what, folder, told)
+        assert heard.recv() == "begun"
+        return process, heard
+
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORK, what, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root
-        )
-        assert process.stdout.readline() == "begun\n"
+        process, _ = started()
         until = time.monotonic() + 20.0
-        while process.poll() is None and not any(folder.rglob("*.safetensors")) and time.monotonic() < until:
+        while process.is_alive() and not any(folder.rglob("*.safetensors")) and time.monotonic() < until:
             time.sleep(0.01)  # a busy machine takes its time to begin
         time.sleep(dice.uniform(0.0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         did_something += any(folder.rglob("*.safetensors"))
     assert did_something, "degenerate: it was never killed in mid-work"
-    done = subprocess.run(
-        [sys.executable, "-c", WORK, what, str(folder)], capture_output=True, text=True, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
+    process, heard = started()
+    found = heard.recv()
+    process.join()
+    assert process.exitcode == 0
+    return found
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed(tmp_path, request):
-    found = killed_again_and_again("train", tmp_path, request.config.rootpath, kills=3, seed=0)
+def test_a_training_that_is_killed(tmp_path):
+    found = killed_again_and_again("train", tmp_path, kills=3, seed=0)
     assert found == slowly()[0].train(progress=False).fingerprint()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["260KB", "10MB"])
-def test_a_replay_that_is_killed(tmp_path, request, memory):
+def test_a_replay_that_is_killed(tmp_path, memory):
     """With little memory the targets go back one after the other, and states lie on disk."""
-    found = killed_again_and_again(memory, tmp_path / "a", request.config.rootpath, kills=4, seed=len(memory))
+    found = killed_again_and_again(memory, tmp_path / "a", kills=4, seed=len(memory))
     run, measure = slowly()
     plan = magic.plan(run, targets=3, memory=memory, disk=tmp_path / "b")
     plan = dataclasses.replace(plan, tier_of=(0,) * plan.states)

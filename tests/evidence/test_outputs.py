@@ -1,11 +1,8 @@
 """Many retrainings: the subsets, the bank, the workers; killed, shared, and of another run."""
 
 import os
-import signal
 import sqlite3
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import magic
 from magic import subsets
 from magic.evidence import bank, retraining, rows
 from magic.evidence import outputs as many
-from tests.support import cases
+from tests.support import cases, processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -471,15 +468,11 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, package):
             magic.outputs(run, measure, weights, jobs=2, progress=False)
 
 
-SWEEP = """
-    import sys, magic
-    from magic import subsets
-    from tests.evidence.test_outputs import small
+def sweep_into(path):
+    """A hundred retrainings, into the bank."""
     run, measure = small()
-    weights = subsets.random(run.n, 0.1, 100)
-    kept = magic.Bank(sys.argv[1], run, measure)
-    magic.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
-"""
+    kept = magic.Bank(path, run, measure)
+    magic.outputs(run, measure, subsets.random(run.n, 0.1, 100), bank=kept, jobs=1, progress=False)
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -492,22 +485,20 @@ def test_killed_at_random_moments(tmp_path):
     path = tmp_path / "killed.sqlite"
     kept = magic.Bank(path, run, measure)
 
-    def start():
-        command = [sys.executable, "-c", textwrap.dedent(SWEEP), str(path)]
-        return subprocess.Popen(command, cwd=ROOT)
-
     dice, sizes = torch.Generator().manual_seed(0), []
     for _ in range(10):
-        process, before = start(), len(kept)
+        process, before = processes.start(sweep_into, path), len(kept)
         goal = before + int(torch.randint(1, 9, (1,), generator=dice))
-        while len(kept) < goal and process.poll() is None:
+        while len(kept) < goal and process.is_alive():
             time.sleep(0.002 + 0.01 * torch.rand(1, generator=dice).item())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         sizes.append(len(kept))
     assert sizes == sorted(sizes) and sizes[0] > 0 and sizes[-1] < 100, sizes
-    both = [start(), start()]
-    assert [process.wait() for process in both] == [0, 0]
+    both = [processes.start(sweep_into, path) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert len(kept) == 100
     again = magic.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
     assert torch.equal(again, expected)
