@@ -36,6 +36,7 @@ from .evidence import baselines, smoothness
 from .evidence.bank import Bank
 from .evidence.comparison import Comparison, compare, lds, leave_one_out
 from .evidence.curvature import Curvature, curvature
+from .evidence.explorer import explore
 from .evidence.optimality import Optimality, optimality
 from .evidence.outputs import outputs
 from .evidence.retraining import retrain
@@ -71,6 +72,7 @@ __all__ = [
     "compare",
     "curvature",
     "determinism",
+    "explore",
     "fingerprint",
     "lds",
     "leave_one_out",

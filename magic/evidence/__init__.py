@@ -12,4 +12,5 @@ smoothness     how smooth a run is in its weights
 estimates      what the baselines share
 trak, ekfac    two baselines by the libraries of their authors
 baselines      these and gradient similarity and TracIn, for comparison
+explorer, explorer_widgets    who helped and harmed, in a notebook: pick, remove, train, compare
 """

@@ -174,7 +174,7 @@ def lds(
     fraction that rounds to nothing or everything, or a target whose true output does not vary; ImportError
     without scipy. Source: Park et al. 2023, arXiv 2303.14186, section 2.
     """
-    run, _ = _ready(scores)
+    run, _ = ready(scores)
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
     weights = random(run.n, drop, subsets, seed)
@@ -199,7 +199,7 @@ def leave_one_out(
 
     Raises ValueError for fewer than 3 examples, or for scores without run and measure.
     """
-    n = _ready(scores)[0].n
+    n = ready(scores)[0].n
     if isinstance(examples, int):
         if not 3 <= examples <= n:
             raise ValueError(f"examples={examples}: between 3 and n={n}")
@@ -227,14 +227,14 @@ def compare(
     whose true or predicted output does not vary, and for scores without run and measure; ImportError without
     scipy.
     """
-    run, measure = _ready(scores)
+    run, measure = ready(scores)
     everything = torch.ones(1, run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
     true = outputs(run, measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 
-def _ready(scores: Attribution) -> tuple[Run, Callable]:
+def ready(scores: Attribution) -> tuple[Run, Callable]:
     """Run and measure of the scores. What would only show after the trainings is raised here."""
     needs("scipy.stats", "notebooks")
     if scores.run is None or scores.measure is None:

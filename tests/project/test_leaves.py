@@ -177,7 +177,7 @@ CALLS = {
     "book.plot._libraries": lambda folder: plot.style(),
     "engine.files._safetensors": lambda folder: magic.train(small_run()[0], disk=folder, progress=False),
     "evidence.bank.frame": lambda folder: magic.Bank(":memory:", *small_run()).frame(),
-    "evidence.comparison._ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
+    "evidence.comparison.ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
     "evidence.comparison.frame": lambda folder: compared().frame(),
     "evidence.comparison.spearman": lambda folder: compared().per_target,
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),

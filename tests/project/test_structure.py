@@ -37,6 +37,7 @@ ORDER = [
     "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs", "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
     "evidence.estimates", "evidence.trak", "evidence.ekfac", "evidence.baselines",
+    "evidence.explorer_widgets", "evidence.explorer",
 ]  # fmt: skip
 WINGS = ["identity", "kernels", "training", "engine", "evidence", "book"]
 LEAVES = [
