@@ -270,6 +270,16 @@ claim("true effect of five at random, over that", abs(at_random[1]) / five[1], a
 # go together, each of those left counts for more, and the slope changes on the way. How far a tangent reaches, and where it
 # is better taken, are the subjects of chapters [10](10_is_it_right.ipynb) to [12](12_how_far_does_a_tangent_reach.ipynb).
 #
+# In a running notebook, `magic.explore` lets you choose an image, tick those to remove, see the prediction at once, and train to see the truth.
+# (Where no notebook runs, as on a web page, it shows what was asked last.)
+
+# %% tags=["nbval-ignore-output"]
+explorer = magic.explore(scores, examples=(x, y), targets=(x_test[asked], y_test[asked]))
+explorer.remove(helpful[:5])
+explorer.train(progress=False)
+explorer
+
+# %% [markdown]
 # ## 7 · Is that luck?
 #
 # One removal proves little. So we draw 30 random subsets, each without 1 % of the images, and train 30 networks without them. For
