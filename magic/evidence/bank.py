@@ -72,7 +72,10 @@ class Bank:
         trust: bool | Iterable[str] = False,
     ):
         self.path, self.run, self.measure, self.how = os.fspath(path), run, measure, how
-        self._memory = sqlite3.connect(":memory:") if self.path == ":memory:" else None
+        # widgets' callbacks run in a thread of their own; SQLite itself takes one caller at a time
+        self._memory = (
+            sqlite3.connect(":memory:", check_same_thread=False) if self.path == ":memory:" else None
+        )
         self.trust = True if self._memory else trust if isinstance(trust, (bool, str)) else list(trust)
         self.identity = _identity(run, measure)
         if names := changed(self.identity, self.identity.parts, self.trust):

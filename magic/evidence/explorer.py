@@ -127,7 +127,7 @@ class Explorer:
         return f"Explorer of {len(self.scores.outputs)} outputs, at output {self.target}. {self.answer()}"
 
     def _repr_html_(self) -> str:
-        output = f"output {self.scores.outputs[self.target].item():.3f}"
+        output = f"φ = {self.scores.outputs[self.target].item():.3f}"
         parts = [f"<div>{self.targets.card(self.target, output)}</div>"]
         for role in ("helpful", "harmful"):
             cards = [self.examples.card(i, f"τ = {s:+.3f}") for r, i, s in self.ranked() if r == role]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from ..show import needs
 
 
@@ -16,7 +18,7 @@ class _Page:
         w, targets = self.w, explorer.targets
         choices = [(targets.title(k), k) for k in range(len(explorer.scores.outputs))]
         self.choice = w.Dropdown(options=choices, value=explorer.target, description="output")
-        self.button = w.Button(description="Train without them", icon="play")
+        self.button = w.Button(description="Train without them", icon="play", layout=w.Layout(width="auto"))
         self.bar, self.answer = w.Output(), w.HTML()
         self.asked, self.rows = w.HTML(), w.VBox()
         self.choice.observe(self._chosen, names="value")
@@ -28,7 +30,7 @@ class _Page:
     def _show(self) -> None:
         """Draw the examples anew, and the answer."""
         explorer, w = self.explorer, self.w
-        output = f"output {explorer.scores.outputs[explorer.target].item():.3f}"
+        output = f"φ = {explorer.scores.outputs[explorer.target].item():.3f}"
         self.asked.value = explorer.targets.card(explorer.target, output)
         self.ticks, rows = {}, []
         for role in ("helpful", "harmful"):
@@ -59,10 +61,14 @@ class _Page:
         self._tell()
 
     def _trained(self, _) -> None:
+        """Train, with a bar. An error would be lost in a log, so it is shown, too."""
         self.button.disabled, self.answer.value = True, "Training …"
         try:
             with self.bar:
                 self.explorer.train()
-        finally:
             self.bar.clear_output()
             self._tell()
+        except Exception as error:
+            self.answer.value = escape(f"{type(error).__name__}: {error}")
+            self.button.disabled = False
+            raise

@@ -1,5 +1,7 @@
 """The explorer answers what scores, bank and retraining answer, and its widgets pass on what is clicked."""
 
+import threading
+
 import pytest
 import torch
 
@@ -70,6 +72,30 @@ def test_widgets_pass_on_what_is_clicked(explored, monkeypatch):
     for tick in ticks():
         tick.value = False
     explored.remove([])
+
+
+def test_it_answers_in_a_thread_of_its_own(explored):
+    """Where JupyterLab calls it back."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(explored.train(progress=False)))
+    explored.remove([4])
+    thread.start()
+    thread.join()
+    assert found == [explored.true]
+
+
+def test_an_error_is_shown(explored, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    *_, below, _ = explored.live().children
+    button, answer = below.children
+    explored.remove([2])
+
+    def broken(progress=True):
+        raise ValueError("no room <here>")
+
+    monkeypatch.setattr(explored, "train", broken)
+    button.click()  # ipywidgets prints what a callback raises
+    assert answer.value == "ValueError: no room &lt;here&gt;" and not button.disabled
 
 
 def test_images_are_shown(scores):
