@@ -1,5 +1,6 @@
 """An answer is never just wrong: whatever the reader's function does, the reply says what to look at."""
 
+import contextlib
 import time
 
 import pytest
@@ -33,6 +34,12 @@ def never(x):
         time.sleep(0.01)
 
 
+def stubborn(x):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
 def leaves(x):
     raise SystemExit
 
@@ -61,6 +68,7 @@ def leaves(x):
         (None, ["there is no answer yet", "a function that doubles a vector"]),
         (..., ["there is no answer yet"]),
         (never, ["no answer after 0.3 seconds"]),
+        (stubborn, ["no answer after 0.3 seconds"]),
     ],
 )
 def test_a_wrong_answer_is_explained(answer, words):

@@ -8,8 +8,8 @@ right, which is the first that is not, and, where the numbers show it, what was 
 
 from __future__ import annotations
 
-import _thread
 import copy
+import ctypes
 import importlib
 import threading
 import traceback
@@ -91,30 +91,33 @@ def _find(number: str) -> Exercise:
         raise ValueError(f"no exercise has the number {number!r}: {hint}") from None
 
 
-class _TooLong(Exception):
-    pass
+class _TooLong(BaseException):
+    """Raised in the thread that judges. A BaseException, since answers may catch every Exception."""
 
 
 @contextmanager
 def _at_most(seconds: float):
-    """Interrupt the main thread, which is where cells run, unless the block ends in time."""
-    fired = threading.Event()
+    """Raise _TooLong in the block when it has run for so long, and again while it goes on.
 
-    def interrupt() -> None:
-        fired.set()
-        _thread.interrupt_main()
+    It is raised between two operations of Python. A signal would do as well, but a notebook or a test may
+    have been started where signals are ignored.
+    """
+    raises, here, ended = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.get_ident(), threading.Event()
 
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
+    def watch() -> None:
+        wait = seconds
+        while not ended.wait(wait):
+            raises(ctypes.c_ulong(here), ctypes.py_object(_TooLong))
+            wait = 1.0
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if fired.is_set():
-            raise _TooLong from None
-        raise
     finally:
-        timer.cancel()
+        ended.set()
+        watcher.join()
+        raises(ctypes.c_ulong(here), None)  # one that came too late is taken back
 
 
 @dataclass
@@ -137,7 +140,7 @@ class Cases:
             raise Wrong(f"asked for is a function, and this is of type {type(answer).__name__}.")
         try:
             return answer(*map(_copied, arguments))
-        except (Wrong, KeyboardInterrupt):
+        except (Wrong, KeyboardInterrupt, _TooLong):
             raise
         except BaseException as error:  # whatever it is, even SystemExit, the reader gets an answer
             line = traceback.extract_tb(error.__traceback__)[-1]
