@@ -508,8 +508,11 @@ adamw_values = backwards(pull_adamw, adamw_states, final(adamw_states))
 agree("AdamW: forty steps by hand", adamw_values, by_magic(adamw), tolerance=1e-9)
 
 # %% [markdown]
-# These are the derivatives of two whole runs, from formulas that fit on one page. On the way back through the first
-# we noted how large the cotangents were, and what each visit of an example added to its score for the first output.
+# These are the derivatives of two whole runs, from formulas that fit on one page. (In `magic` the pull is called
+# `step_vjp`; it takes any model, and the optimizers that `magic.Run` accepts. The next chapters use it.)
+#
+# On the way back through the first run we noted how large the cotangents were, and what each visit of an example added
+# to its score for the first output.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 size = torch.stack(sizes).cpu()

@@ -85,7 +85,7 @@ WRONG = [
     ("03.1", lambda f, w, u, e: None, ["returned None"]),
     ("03.2", varied(unroll, cut=True), ["right for one step; wrong for four steps", "cut from its trace"]),
     ("03.2", varied(unroll, mean=True), ["1/B"]),
-    ("03.2", varied(unroll, share=False), ["wrong for one step", "the factor 1/B is missing"]),
+    ("03.2", varied(unroll, share=False), ["wrong for one step", "not divided by B"]),
     ("03.2", varied(unroll, graph=False), ["raised RuntimeError"]),
     ("03.2", lambda f, m, th, b, w, r: unroll(f, m, th, b, torch.ones_like(w), r),
      ["right for one step and four steps", "all weights at 1"]),

@@ -71,8 +71,8 @@ def slope(answer: Any) -> None:
         return p.measure(theta)
 
     functions = {
-        "a linear function": (lambda w: p.x[:, 0] @ w, 0.5),
-        "a quadratic function": (lambda w: (p.x[:, 1] @ w) ** 2 + w @ w, 0.5),
+        "a linear function": (lambda w: p.x[:, 0] @ w, 0.3),
+        "a quadratic function": (lambda w: (p.x[:, 1] @ w) ** 2 + w @ w, 0.3),
         "a training": (trained, 1e-3),
     }
     for case, (f, epsilon) in functions.items():
@@ -108,18 +108,20 @@ def unroll(answer: Any) -> None:
             "the derivative was taken with all weights at 1": _unrolled(p, batches, p.ones),
             "the objective was divided by the sum of the weights, and asked for is 1/B":
                 _unrolled(p, batches, weights, mean=True),
+            "the sum of the losses is not divided by B": _unrolled(p, batches, weights, share=1 / SIZE),
         }  # fmt: skip
         got = cases.call(case, answer, p.losses, p.measure, p.theta, batches, weights, RATE)
         cases.same(case, got, want, suspects)
 
 
 def _unrolled(
-    p: Problem, batches: list[Tensor], weights: Tensor, *, cut: bool = False, mean: bool = False
-) -> Tensor:
+    p: Problem, batches: list[Tensor], weights: Tensor, *,
+    cut: bool = False, mean: bool = False, share: float = 1.0,
+) -> Tensor:  # fmt: skip
     weights, theta = weights.clone().requires_grad_(), p.theta.clone().requires_grad_()
     for batch in batches:
         theta = theta.detach().requires_grad_() if cut else theta
-        size = weights[batch].sum() if mean else len(batch)
+        size = weights[batch].sum() if mean else share * len(batch)
         objective = (weights[batch] * p.losses(theta, batch)).sum() / size
         theta = theta - RATE * torch.autograd.grad(objective, theta, create_graph=True)[0]
     return torch.autograd.grad(p.measure(theta), weights)[0]
