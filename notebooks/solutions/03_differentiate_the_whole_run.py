@@ -17,6 +17,8 @@
 # To the exercises of [chapter 03](../03_differentiate_the_whole_run.ipynb). Try them first.
 
 # %%
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
@@ -25,6 +27,8 @@ import magic
 from magic.book import check, data, models
 from magic.book.checks import agree, claim
 
+# PyTorch's own warning, at the first use of forward mode
+warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 x, y, x_test, y_test = (part.to(device) for part in data.digits(train=400, test=500))
 x, x_test = x.double(), x_test.double()
