@@ -135,18 +135,18 @@ def measure(params):
 
 
 claim("share of the test images read right", accuracy, at_least=0.9)
-claim("loss of the hardest test image", measure(trained).item(), at_least=4)
+output = measure(trained).item()
+claim("loss of the hardest test image", output, at_least=4)
 
 # %% [markdown]
 # `measure(train(weights))` is now one number, computed from 400 numbers. We ask for its derivative.
 
 # %%
 weights = ones.clone().requires_grad_()
-output = measure(train(weights))
-(scores,) = torch.autograd.grad(output, weights)
+(scores,) = torch.autograd.grad(measure(train(weights)), weights)
 
 # %% [markdown]
-# That is all: `losses`, `step`, `train`, `measure` and this call are fifteen lines, and `scores` holds
+# That is all. Without comments, `losses`, `step`, `train`, `measure` and these two lines are fifteen, and `scores` holds
 # $\partial\varphi / \partial w_i$ for each of the 400 training images. Autograd has gone back through forty updates, each
 # of them made of a forward *and* a backward pass.
 #
@@ -227,7 +227,7 @@ plot.images(pictures, titles);
 # %%
 dial = [k / 4 for k in range(9)]
 curve = [retrained(helpful, weight) for weight in dial]
-tangent = [output.item() + scores[helpful].item() * (weight - 1) for weight in dial]
+tangent = [output + scores[helpful].item() * (weight - 1) for weight in dial]
 
 # %% tags=["nbval-ignore-output"]
 ax = plt.subplots(figsize=(5, 3.2))[1]
@@ -263,7 +263,7 @@ turned = {role: [retrained(i, weight) for weight in down] for role, i in roles.i
 # %% tags=["nbval-ignore-output"]
 ax = plt.subplots(figsize=(5.4, 3.6))[1]
 for (role, i), color in zip(roles.items(), [plot.HELPFUL, "black", plot.HARMFUL], strict=True):
-    line = [output.item() + scores[i].item() * (weight - 1) for weight in down]
+    line = [output + scores[i].item() * (weight - 1) for weight in down]
     ax.plot(down, line, "--", color=color, linewidth=1)
     ax.plot(down, turned[role], "o-", color=color)
     score = f"{scores[i]:+.3f}".replace("-", "−")
@@ -275,7 +275,7 @@ ax.set_title("Dots: trained. Dashed: tangents at weight 1");
 
 # %%
 predicted = {role: -scores[i].item() for role, i in roles.items()}
-true = {role: turned[role][0] - output.item() for role in roles}
+true = {role: turned[role][0] - output for role in roles}
 for role in ("the most helpful", "the most harmful"):
     ratio = predicted[role] / true[role]
     claim(f"without {role}: predicted over true", ratio, at_least=0.84, at_most=0.94)
@@ -506,8 +506,8 @@ def unroll(losses, measure, theta, batches, weights, rate):
 # %% [markdown]
 # **03.3** ●●○ · 20 min · *The loop for any state.* Let a state be a tuple of tensors, and `step(state, batch, weights)`
 # return the next one; with momentum, for example, it holds the parameters and a buffer. Write the loop of section 4 for it.
-# <details><summary>Hint</summary>Cut each tensor of <code>states[t]</code>, do the step again, and call
-# <code>torch.autograd.grad</code> with the tuple as <code>grad_outputs</code>.</details>
+# <details><summary>Hint</summary>Let the weights and each tensor of <code>states[t]</code> require a gradient, do the step
+# again, and call <code>torch.autograd.grad</code> with the cotangent as <code>grad_outputs</code>.</details>
 
 
 # %%

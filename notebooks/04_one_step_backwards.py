@@ -216,7 +216,7 @@ ax.legend();
 # %%
 first, last = factors.values()
 unchanged = ((last - 1).abs() < 0.01).double().mean()
-claim("share of directions in which the last step changes less than 1 %", unchanged, at_least=0.75)
+claim("share of directions that the last step changes by less than 1 %", unchanged, at_least=0.75)
 claim("the last step's factor in the most curved direction", last[0], at_most=0.5)
 claim("the first step's factor in the direction that curves down most", first[-1], at_least=1.1)
 
@@ -283,7 +283,7 @@ agree("∇ℓᵢ · Δ' / B", at_weights, after @ each.T / len(order[t]), tolera
 # %% [markdown]
 # The trace of $g$ depends on the state only, so it is made once for all $K$ rows.
 #
-# For plain SGD, $g$ enters $\theta'$ with the factor $-\eta$. So $\bar g = -\eta \Delta'$, and the two boxes become
+# For plain SGD, $g$ enters $\theta'$ with the factor $-\eta$. So $\bar g = -\eta \Delta'$, and the two boxes become:
 
 
 # %% tags=["your-turn"]
@@ -415,7 +415,6 @@ def pull_adamw(state, weight, t, cotangent):
 
     state: (theta, m, v), each (P,).    cotangent: (Δ'_θ, Δ'_m, Δ'_v), each (K, P)    scores: (K, B)
     The formulas need g, m' and v', so do the step's own arithmetic first; its count is t + 1.
-    Where v' is 0, take the factor that has √v' in its denominator as 0 (`torch.where`).
     """
     (theta, m, v), (to_theta, to_m, to_v) = state, cotangent
     g = gradient(theta, weight, t)
@@ -423,8 +422,7 @@ def pull_adamw(state, weight, t, cotangent):
     alpha, c = lr / (1 - beta1 ** (t + 1)), (1 - beta2 ** (t + 1)) ** 0.5
     root = v.sqrt()
     r = root / c + eps
-    slope = torch.where(root > 0, alpha * m / (2 * c * r**2 * root), 0.0)
-    to_m, to_v = to_m - alpha / r * to_theta, to_v + slope * to_theta
+    to_m, to_v = to_m - alpha / r * to_theta, to_v + alpha * m / (2 * c * r**2 * root) * to_theta
     to_gradient = (1 - beta1) * to_m + 2 * (1 - beta2) * g * to_v
     curved, scores = pull_gradient(theta, weight, t, to_gradient)
     return ((1 - lr * decay) * to_theta + curved, beta1 * to_m, beta2 * to_v), scores
@@ -435,8 +433,8 @@ adamw_states = train(adamw_step, (start, torch.zeros_like(start), torch.zeros_li
 judge(adamw_step, pull_adamw, adamw_states[t], t)
 
 # %% [markdown]
-# Where all gradients of a parameter have been 0, $\sqrt{v'}$ has no slope, and `torch.where` takes it as 0.
-# [Chapter 05](05_optimizers_with_memory.ipynb) shows why that is right.
+# We have divided by $\sqrt{v'}$, which is 0 for a parameter whose gradients have all been 0. Our run has none;
+# [chapter 05](05_optimizers_with_memory.ipynb) shows that the right value of the quotient is then 0.
 #
 # ## 6 · The chain
 #
@@ -451,7 +449,7 @@ judge(adamw_step, pull_adamw, adamw_states[t], t)
 def backwards(pull, states, cotangent, visit=lambda t, cotangent, part: None):
     """τ, (K, n), from the states [s_0, …, s_T] and Δ_T, a tuple like a state with a leading axis K.
 
-    Go down from t = T−1 to 0. At each step `pull(state, weight, t, cotangent)`, with the step's state
+    Go down from t = T−1 to 0. Each time, `pull(state, weight, t, cotangent)`, with the step's state
     and the weights of its batch order[t], returns the next cotangent and the step's part (K, B).
     Call `visit(t, cotangent, part)` with the cotangent before it is replaced, Δ_{t+1}. Add the part
     into the columns order[t] by `index_add_`, which is right even if an index occurs twice.
@@ -548,6 +546,7 @@ for images, color, role in (
         ax.plot(line["step"], line["added"], style, color=color, label=f"{role}: image {image}")
 ax.axhline(0, color=plot.NEUTRAL, linewidth=1, zorder=0)
 ax.set(xlabel="training step", ylabel="added to its score", title="Visit by visit")
+ax.set_ylim(top=0.85)
 ax.legend(fontsize=9, ncols=2);
 
 # %%
@@ -556,8 +555,8 @@ both = (signs == 2).mean()
 claim("share of images that help at one visit and harm at another", both, at_least=0.85)
 
 # %% [markdown]
-# Each line is a training image, each point a visit. A score is a sum of five terms of different size, and usually of
-# both signs: what an image does to the model depends on when it is shown.
+# Each line is a training image, each point a visit. A score is a sum of five terms of very different size, for nine
+# images in ten with both signs among them: what an image does to the model depends on when it is shown.
 #
 # ## 7 · How much of it is the Hessian?
 #
@@ -649,7 +648,7 @@ def pull_nesterov(to_theta, to_m, pull, lr, mu):
 
 # %%
 def adam_diagonal(g, m, v, count, lr, beta1, beta2, eps):
-    """∂θ'/∂g, elementwise, like g. m and v are those before the step."""
+    """∂θ'/∂g, like g. m and v are those before the step. Where v' is 0, take it as constant."""
     ...
 
 

@@ -173,13 +173,13 @@ check("03.4", carry)
 # %%
 weights = torch.ones(len(x), dtype=x.dtype, device=device).requires_grad_()
 (average,) = torch.autograd.grad(losses(train(weights), x_test, y_test).mean(), weights)
-claim("largest score of the hardest image, over that of the mean",
-      scores.abs().max() / average.abs().max(), at_least=50)  # fmt: skip
+ratio = scores.abs().max() / average.abs().max()
+claim("largest score of the hardest image, over that of the mean", ratio, at_least=90)
 
 # %% [markdown]
-# The largest score is much smaller, for three reasons. The hardest image has an unusually large loss, and large losses
-# move most. An example that helps one test image harms others, and in the mean such effects cancel. And most
-# training images matter only to the few test images that resemble them, while the mean divides by all 500.
+# The largest score is a hundred times smaller. We had chosen the test image with the largest loss, and it is more
+# sensitive than most. An example that helps one test image may harm others, and in the mean these effects cancel. And
+# an example that matters only to the few test images that resemble it is divided by all 500.
 #
 # ## 03.6 · Without later steps
 #
@@ -204,12 +204,12 @@ for t in reversed(range(len(order))):
 
 # %%
 correlation = torch.corrcoef(torch.stack([unmoved, scores]))[0, 1]
-claim("correlation with the true scores", correlation, at_least=0.1, at_most=0.9)
+claim("correlation with the true scores", correlation, at_least=0.5, at_most=0.65)
 
 # %% tags=["nbval-ignore-output"]
 print("most helpful, true:   ", scores.argsort()[:5].tolist())
 print("most helpful, unmoved:", unmoved.argsort()[:5].tolist())
 
 # %% [markdown]
-# The scores are related to the true ones, but they are not the same: they count what a step did when it was done, and leave
-# out that later steps undo a part of it.
+# The most helpful image is the same, and two of the five most helpful; the correlation over all 400 is .58. These scores
+# count what a step did when it was done, and leave out what later steps made of it.
