@@ -18,9 +18,9 @@
 # the weight of one training example? And in the weights of all of them?
 #
 # A training run is a long computation, and PyTorch can differentiate computations. So there is an obvious method: let
-# autograd follow the whole run, and ask it for the derivative. We do this in fifteen lines, check the answer by
-# training again, and look at what the numbers mean. The method is exact, but for realistic runs it does not
-# fit in memory. The reason why it does not fit will show us what to do instead.
+# autograd follow the whole run, and ask it for the derivative. [Chapter 00](00_quickstart.ipynb) did so in fifteen lines;
+# here we look at each of them, check the answer by training again, and ask what the numbers mean. The method is exact, but
+# for realistic runs it does not fit in memory. The reason why it does not fit will show us what to do instead.
 #
 # | word | in code | meaning |
 # |---|---|---|

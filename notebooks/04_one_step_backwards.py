@@ -52,30 +52,10 @@ plot.style()
 # PyTorch's own warning, at the first use of forward mode
 warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
 
-# %% tags=["nbval-ignore-output", "hide-input"]
-figure, ax = plt.subplots(figsize=(7.2, 2.3))
-ax.set(xlim=(-0.4, 6.3), ylim=(-1.2, 1.1))
-ax.axis("off")
+# %% tags=["nbval-ignore-output"]
+ax = plot.chain()
 ax.axvspan(1.66, 3.34, color=plot.NEUTRAL, alpha=0.15, linewidth=0)
-
-
-def arrow(start, end, color, bend=0.0):
-    shape = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", end, start, arrowprops={**shape, "color": color, "linewidth": 1.4})
-
-
-for k, name in enumerate(["s_0", r"\cdots", "s_t", "s_{t+1}", r"\cdots", "s_T", r"\varphi"]):
-    ax.text(k, 0, f"${name}$", ha="center", va="center", fontsize=15)
-    if k:
-        arrow((k - 0.72, 0), (k - 0.3, 0), plot.NEUTRAL)
-        arrow((k - 0.12, 0.22), (k - 0.88, 0.22), plot.HARMFUL, bend=0.35)
-    if 0 < k < 6:
-        arrow((k - 0.42, -0.78), (k - 0.42, -0.12), plot.NEUTRAL)
-        arrow((k - 0.58, -0.12), (k - 0.58, -0.78), plot.HARMFUL)
-        ax.text(k - 0.5, -1, "$w$", ha="center", va="center", fontsize=14)
-for k, name in {2: r"\Delta_t", 3: r"\Delta_{t+1}", 5: r"\Delta_T"}.items():
-    ax.text(k, 0.5, f"${name}$", ha="center", color=plot.HARMFUL, fontsize=13)
-ax.text(2.5, 0.88, "this chapter", ha="center", fontsize=11);
+ax.text(2.5, 0.95, "this chapter", ha="center", fontsize=11);
 
 # %% [markdown]
 # Grey arrows are training: a step takes a state and the weights of its batch, and makes the next state. Orange arrows
@@ -193,8 +173,8 @@ agree("I − ηH, Jacobian of the step", identity - eta * H, J, tolerance=1e-9)
 agree("Δ, Jacobian transposed times Δ'", before, after @ J, tolerance=1e-9)
 
 # %% [markdown]
-# What does $I - \eta H$ do to a cotangent? In a direction in which the loss has curvature $\lambda$ (an eigenvalue of $H$),
-# it multiplies by $1 - \eta\lambda$. Here is that factor in all 910 directions, at the start of training and at
+# What does $I - \eta H$ do to a cotangent? In a direction in which the loss has curvature $\kappa$ (an eigenvalue of $H$),
+# it multiplies by $1 - \eta\kappa$. Here is that factor in all 910 directions, at the start of training and at
 # its end.
 
 # %%
@@ -208,7 +188,7 @@ ax = plt.subplots(figsize=(5, 3.2))[1]
 for (name, values), marker in zip(factors.items(), "os", strict=True):
     ax.plot(range(1, 911), values, marker=marker, markevery=[0, 1, 3, 9, 99, 909], label=name)
 ax.axhline(1, color=plot.NEUTRAL, linewidth=1, zorder=0)
-ax.set(xscale="log", xlabel="direction, the most curved first", ylabel="factor 1 − ηλ")
+ax.set(xscale="log", xlabel="direction, the most curved first", ylabel="factor 1 − ηκ")
 ax.set_xticks([1, 10, 100, 910], ["1", "10", "100", "910"])
 ax.set_title("What one step does to a cotangent")
 ax.legend();
@@ -223,7 +203,7 @@ claim("the first step's factor in the direction that curves down most", first[-1
 # %% [markdown]
 # In most directions a cotangent passes a step almost unchanged. In the few curved ones it shrinks: what an early step
 # moved there, later steps undo, because they pull the parameters back toward the minimum. Where the loss
-# curves downward, $\lambda < 0$, the cotangent grows: later steps carry a push further. With $\eta\lambda > 2$ the factor
+# curves downward, $\kappa < 0$, the cotangent grows: later steps carry a push further. With $\eta\kappa > 2$ the factor
 # would be below $-1$, and the cotangent would grow with every step back. This is one cause of the
 # unstable training that [chapter 01](01_the_same_run_twice.ipynb) shows at a large rate.
 #

@@ -161,10 +161,8 @@ class _Loop:
         scores, count = torch.zeros_like(self.weights), len(self.batches)
         for t in range(count) if forwards else reversed(range(count)):
             batch = self.batches[count - 1 - t if flipped else t]
-            _, pull = torch.func.vjp(
-                lambda state, w, batch=batch: self.step(state, batch, w), self.states[t + late], self.weights
-            )
-            before, part = pull(cotangent)
+            of_both = lambda state, w, batch=batch: self.step(state, batch, w)  # noqa: E731
+            before, part = torch.func.vjp(of_both, self.states[t + late], self.weights)[1](cotangent)
             cotangent = before if pulled else cotangent
             scores = scores + part if added else part
         return scores
@@ -205,7 +203,6 @@ def _carried(
         if not keep:
             carried = tuple(torch.zeros_like(part) for part in state)
         along = still if once and t else unit
-        state, carried = torch.func.jvp(
-            lambda state, w, batch=batch: step(state, batch, w), (state, weights), (carried, along)
-        )
+        of_both = lambda state, w, batch=batch: step(state, batch, w)  # noqa: E731
+        state, carried = torch.func.jvp(of_both, (state, weights), (carried, along))[:2]
     return torch.cat([part.flatten() for part in carried])

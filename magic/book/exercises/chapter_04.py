@@ -33,13 +33,13 @@ class Batch:
 
     def pull(self, cotangents: Tensor) -> tuple[Tensor, Tensor]:
         """ḡ, one or a row for each target -> H ḡ and ∇ℓᵢ · ḡ / B."""
-        _, pull = torch.func.vjp(self.gradient, self.theta, self.weight)
+        pull = torch.func.vjp(self.gradient, self.theta, self.weight)[1]
         return pull(cotangents) if cotangents.dim() == 1 else torch.vmap(pull)(cotangents)
 
     def through(self, step: Callable, *cotangents: Tensor) -> tuple[Tensor, ...]:
         """The cotangents of θ, m, … and of the weights, by PyTorch through the whole step."""
         state = (self.theta, self.m)[: len(cotangents)]
-        _, pull = torch.func.vjp(step, *state, self.weight)
+        pull = torch.func.vjp(step, *state, self.weight)[1]
         return torch.vmap(pull)(cotangents if len(cotangents) > 1 else cotangents[0])
 
 
