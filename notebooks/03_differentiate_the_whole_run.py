@@ -31,7 +31,7 @@
 # | trace | | what autograd keeps of a computation so that it can be differentiated |
 #
 # About thirty minutes, with the code and the derivation in section 4. If you would rather write the functions yourself,
-# open the [fill-in version](fill_in/03_differentiate_the_whole_run.ipynb): the text is the same, five functions are
+# open the [fill-in version](fill_in/03_differentiate_the_whole_run.ipynb): the text is the same, six functions are
 # yours, and the cells after them tell you whether they are right.
 
 # %%
@@ -382,12 +382,13 @@ claim("parameters and statistics, MB", net_state / 1e6, at_most=10)
 # multiplies the transposed Jacobian of `outputs` in `inputs` by `v`.
 
 
-# %% tags=["your-turn"]
+# %%
 def cut(params):
     """The same {name: tensor} as new leaves: detached from their trace, requiring a gradient."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
+# %% tags=["your-turn"]
 def forwards(weights):
     """The T + 1 states of the run, [θ_0, …, θ_T], each {name: tensor}, each `cut` from its trace.
 

@@ -58,6 +58,7 @@ def train(weights):
     return params
 
 
+# %%
 weights = torch.ones(len(x), dtype=x.dtype, device=device).requires_grad_()
 trained = train(weights)
 hardest = losses(trained, x_test, y_test).argmax().item()

@@ -152,6 +152,7 @@ def objective(theta, weight):
     return (weight * losses).sum() / len(y), losses
 
 
+# %%
 def reverse_over_reverse(cotangents):
     _, pull = vjp(lambda theta, weight: grad(objective, has_aux=True)(theta, weight)[0], theta, weight)
     return vmap(pull)(cotangents)

@@ -177,9 +177,9 @@ def carry(answer: Any) -> None:
         want = _carried(step, start, batches, p.weights, i)
         suspects = {
             "what was carried is lost at each step; only the last step is there":
-                _carried(step, start, batches, p.weights, i, keep=False),
+                _carried(step, start, batches, p.weights, i, "lost"),
             "the weight enters at the first step only; it does so whenever the example is in the batch":
-                _carried(step, start, batches, p.weights, i, once=True),
+                _carried(step, start, batches, p.weights, i, "once"),
             "all the weights move; only that of example i should":
                 _carried(step, start, batches, p.weights, slice(None)),
         }  # fmt: skip
@@ -193,16 +193,15 @@ def carry(answer: Any) -> None:
 
 
 def _carried(
-    step: Callable, state: State, batches: list[Tensor], weights: Tensor, i: Any, *,
-    keep: bool = True, once: bool = False,
-) -> Tensor:  # fmt: skip
+    step: Callable, state: State, batches: list[Tensor], weights: Tensor, i: Any, fault: str = ""
+) -> Tensor:
     unit, still = torch.zeros_like(weights), torch.zeros_like(weights)
     unit[i] = 1
     carried = tuple(torch.zeros_like(part) for part in state)
     for t, batch in enumerate(batches):
-        if not keep:
+        if fault == "lost":
             carried = tuple(torch.zeros_like(part) for part in state)
-        along = still if once and t else unit
+        along = still if fault == "once" and t else unit
         of_both = lambda state, w, batch=batch: step(state, batch, w)  # noqa: E731
         state, carried = torch.func.jvp(of_both, (state, weights), (carried, along))[:2]
     return torch.cat([part.flatten() for part in carried])

@@ -130,28 +130,22 @@ def adam_diagonal(answer: Any) -> None:
         "another ε": (g, m, v, 9, 0.5),
         "parameters whose gradients have all been 0": (zero, zero, zero, 3, 1e-3),
     }
-    options = 0.1, 0.8, 0.95
-    cases = Cases({"the rate": options[0], "1 − β₁": 1 - options[1]})
+    cases = Cases({"the rate": 0.1, "1 − β₁": 0.2})
     for case, (g, m, v, count, eps) in settings.items():
-        want = _diagonal(g, m, v, count, eps, *options)
+        options = 0.1, 0.8, 0.95, eps
+        want = _diagonal((g, m, v), count, options)
         suspects = {
-            "v' is held fixed: g also reaches θ' by way of v'": _diagonal(
-                g, m, v, count, eps, *options, fixed="v"
-            ),
-            "m' is held fixed: g also reaches θ' by way of m'": _diagonal(
-                g, m, v, count, eps, *options, fixed="m"
-            ),
-            "the corrections by count are left out": _diagonal(g, m, v, 10**6, eps, *options),
-            "count includes this update already": _diagonal(g, m, v, count + 1, eps, *options),
+            "v' is held fixed: g also reaches θ' by way of v'": _diagonal((g, m, v), count, options, "v"),
+            "m' is held fixed: g also reaches θ' by way of m'": _diagonal((g, m, v), count, options, "m"),
+            "the corrections by count are left out": _diagonal((g, m, v), 10**6, options),
+            "count includes this update already": _diagonal((g, m, v), count + 1, options),
         }
-        cases.same(case, cases.call(case, answer, g, m, v, count, *options, eps), want, suspects)
+        cases.same(case, cases.call(case, answer, g, m, v, count, *options), want, suspects)
 
 
-def _diagonal(
-    g: Tensor, m: Tensor, v: Tensor, count: int, eps: float, lr: float, beta1: float, beta2: float,
-    fixed: str = "",
-) -> Tensor:  # fmt: skip
-    """By autograd through Adam's update; `fixed` names an average that does not move."""
+def _diagonal(before: tuple[Tensor, ...], count: int, options: tuple[float, ...], fixed: str = "") -> Tensor:
+    """By autograd through Adam's update of (g, m, v); `fixed` names an average that does not move."""
+    (g, m, v), (lr, beta1, beta2, eps) = before, options
     g = g.clone().requires_grad_()
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
     m, v = (m.detach() if fixed == "m" else m), (v.detach() if fixed == "v" else v)
