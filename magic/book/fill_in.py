@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
 TAG = "your-turn"
+LINK = re.compile(r"\]\((?!\w+:|#|/)([^)]+)")
 STUB = 'raise NotImplementedError("your turn")'
 
 
@@ -40,9 +42,10 @@ def fill_in(notebook: dict) -> dict:
 
 
 def _emptied(cell: dict) -> dict:
-    if cell["cell_type"] != "code":
-        return cell
     source = "".join(cell["source"])
+    if cell["cell_type"] != "code":  # a link to a file leads from one folder deeper
+        source = LINK.sub(r"](../\1", source)
+        return {**cell, "source": source.splitlines(keepends=True)}
     if TAG in cell["metadata"].get("tags", []):
         source = stub(source)
     return {**cell, "source": source.splitlines(keepends=True), "outputs": [], "execution_count": None}

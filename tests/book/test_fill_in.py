@@ -31,8 +31,10 @@ def test_only_tagged_cells_lose_their_bodies():
         return {"cell_type": "code", "source": [source], "metadata": {"tags": list(tags)},
                 "outputs": ["x"], "execution_count": 3}  # fmt: skip
 
-    notebook = {"cells": [cell("def f(): return 1"), cell("def g():\n    return 2", "your-turn")]}
-    first, second = fill_in(notebook)["cells"]
+    text = {"cell_type": "markdown", "source": ["[a](04_b.ipynb#c) [d](https://e) [f](#g)"], "metadata": {}}
+    notebook = {"cells": [cell("def f(): return 1"), cell("def g():\n    return 2", "your-turn"), text]}
+    first, second, text = fill_in(notebook)["cells"]
+    assert text["source"] == ["[a](../04_b.ipynb#c) [d](https://e) [f](#g)"]
     assert first["source"] == ["def f(): return 1"] and second["source"][1].strip().startswith("raise Not")
     assert first["outputs"] == second["outputs"] == [] and second["execution_count"] is None
     assert has_stubs(notebook) and not has_stubs({"cells": notebook["cells"][:1]})
