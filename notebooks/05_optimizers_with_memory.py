@@ -711,7 +711,7 @@ def slope_at_zero(done, lr, beta1, beta2, eps, eps_root):
 
 # %%
 def pull_coupled(theta, g, m, v, t, to_theta, to_m, to_v, lr, beta1, beta2, eps, decay):
-    """(Δ_θ, ḡ, Δ_m, Δ_v) of Adam's update number t with coupled weight decay."""
+    """(ḡ, Δ_θ, Δ_m, Δ_v) of Adam's update number t with coupled weight decay."""
     ...
 
 

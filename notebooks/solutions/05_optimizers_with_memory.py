@@ -103,7 +103,7 @@ def pull_coupled(theta, g, m, v, t, to_theta, to_m, to_v, lr, beta1, beta2, eps,
     slope = torch.where(root > 0, alpha * m_after / (2 * c * r**2 * root), 0.0)
     m_bar, v_bar = to_m - alpha / r * to_theta, to_v + slope * to_theta
     to_gradient = (1 - beta1) * m_bar + 2 * (1 - beta2) * g * v_bar
-    return to_theta + decay * to_gradient, to_gradient, beta1 * m_bar, beta2 * v_bar
+    return to_gradient, to_theta + decay * to_gradient, beta1 * m_bar, beta2 * v_bar
 
 
 check("05.3", pull_coupled)

@@ -102,8 +102,8 @@ def coupled(theta, g, m, v, t, to_theta, to_m, to_v, lr, b1, b2, eps, decay, *, 
     if wrong == "both":
         before = (1 - lr * decay) * to_theta + decay * to_g
     if wrong == "pair":
-        return before, to_g
-    return before, to_g, b1 * m_bar, b2 * v_bar
+        return to_g, before
+    return to_g, before, b1 * m_bar, b2 * v_bar
 
 
 def test_pull_coupled():
@@ -113,13 +113,13 @@ def test_pull_coupled():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        ("no path", ["right for no weight decay; wrong for Δ_θ", "a second path"]),
+        ("no path", ["right for no weight decay and ḡ", "wrong for Δ_θ", "a second path"]),
         ("not times decay", ["Δ_θ (no weight decay)"]),
         ("both", ["with the decoupled factor as well"]),
         ("factor", ["right for no weight decay and weight decay, Δ'_m alone", "ḡ", "2(1 − β₂)g̃"]),
         ("all", ["λθ is left out"]),
         ("memory", ["m' and v' are made of g̃"]),
-        ("pair", ["asked for are 4 tensors, Δ_θ, ḡ, Δ_m, Δ_v; for no weight decay came 2 values"]),
+        ("pair", ["asked for are 4 tensors, ḡ, Δ_θ, Δ_m, Δ_v; for no weight decay came 2 values"]),
     ],
 )
 def test_pull_coupled_explains(wrong, words):

@@ -125,7 +125,7 @@ def slope_at_zero(answer: Callable) -> None:
 
 # -- 05.3 ------------------------------------------------------------------------------------------
 
-_NAMES = ("Δ_θ", "ḡ", "Δ_m", "Δ_v")
+_NAMES = ("ḡ", "Δ_θ", "Δ_m", "Δ_v")
 
 
 def _coupled(theta, g, m, v, t, lr, b1, b2, eps, decay):
@@ -156,15 +156,14 @@ def pull_coupled(answer: Callable) -> None:
     for case, decay, kept in (
         ("no weight decay", 0.0, (1, 1, 1)),
         ("weight decay, Δ'_m alone", 0.3, (0, 1, 0)),
-        ("weight decay, Δ'_v alone", 0.3, (0, 0, 1)),
+        ("weight decay, Δ'_θ alone", 0.3, (1, 0, 0)),
         ("weight decay and all three", 0.3, (1, 1, 1)),
     ):
         hyper = (0.05, 0.9, 0.99, 1e-3, decay)
         here = [k * d for k, d in zip(kept, to, strict=True)]
         leaves = [x.clone().requires_grad_() for x in (theta, g, m, v)]
         after = _coupled(*leaves, t, *hyper)
-        wants = torch.autograd.grad(after, leaves, here)
-        to_g = wants[1]
+        to_theta, to_g, *rest = torch.autograd.grad(after, leaves, here)
         suspects: dict[str, dict[str, Tensor]] = {name: {} for name in _NAMES}
         suspects["Δ_θ"] = {
             "λθ is a part of g̃, and so θ has a second path, through the gradient": here[0],
@@ -188,7 +187,7 @@ def pull_coupled(answer: Callable) -> None:
             "g̃ = g + λθ moves one for one with g: λ does not multiply ḡ": decay * to_g,
         }
         got = cases.call(case, answer, theta, g, m, v, t, *here, *hyper)
-        pairs = zip(_NAMES, wants, strict=True)
+        pairs = zip(_NAMES, (to_g, to_theta, *rest), strict=True)
         _several(cases, case, got, {name: (want, suspects[name]) for name, want in pairs})
 
 
