@@ -5,7 +5,7 @@ are another thing (`magic.engine.schedule`).
 
 A checkpointed block forgets its activations and computes them again in the backward pass. Training may do
 that. The adjoint goes through a step's graph more than once, and PyTorch's checkpoints fail there, since
-they hand out what they have computed again only once. So while a step is recorded, nothing is forgotten: a
+they hand out what they have computed again only once. So while a step is traced, nothing is forgotten: a
 block is called like any other function, which gives the same numbers. With use_reentrant=True a block
 hides its graph from torch.autograd.grad altogether, and is refused.
 """

@@ -33,7 +33,7 @@ def uses(output: Tensor, outside: dict[str, Tensor]) -> str | None:
 def leaves_reached(total: Tensor, leaves: list[Tensor]) -> set[int]:
     """The positions of the leaves that a backward pass from `total` reaches without passing a stop.
 
-    A stop is what stop_gradients.py puts in the place of `detach`. A plain loop has no gradient beyond it.
+    A stop is what stop_gradients.py puts in the place of `detach`. No gradient of a plain loop passes one.
     """
     position = {id(leaf): i for i, leaf in enumerate(leaves)}
     reached: set[int] = set()

@@ -52,7 +52,7 @@ class _Normalise(Function):
         else:
             to_x, to_weight, to_bias = first_derivative(kind, g.reshape(kind.shape), _standard(ctx))
         if g_mean is not None or g_rstd is not None:
-            # what the ctx keeps for all targets has no graph, so it is made again where one is recorded
+            # what the ctx keeps for all targets has no graph, so it is made again where one is needed
             xhat, s, _ = kind.standard(kept) if differentiably else _standard(ctx)
             to_x = to_x.view(kind.shape)
             if g_mean is not None:

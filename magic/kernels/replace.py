@@ -130,9 +130,9 @@ def measuring(measured: Callable) -> Callable:
     the padded positions that is another function, and it has no derivative. So the fused path is switched
     off, and the outputs are those of the function that is differentiated.
 
-    A measure may take gradients itself. So gradients are recorded inside, also where they are off outside,
-    and where the measure asks for the gradients of parameters, these require them. If gradients are off
-    outside, what is returned carries no graph.
+    A measure may take gradients itself. So graphs are kept inside, even where gradients are off outside, and
+    the parameters require gradients where the measure asks for those. If gradients are off outside, what is
+    returned carries no graph.
     """
 
     @functools.wraps(measured)

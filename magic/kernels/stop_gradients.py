@@ -202,9 +202,9 @@ class Stops(TorchFunctionMode):
         return called
 
     def _grad(self, func, args, kwargs):
-        """torch.autograd.grad, which records a graph whether the user has asked for it or not.
+        """torch.autograd.grad, which keeps a graph whether the user has asked for it or not.
 
-        If not, a plain loop holds the gradients fixed, so they are stopped.
+        Where the user has not, a plain loop holds the gradients fixed, so they are stopped.
         """
         asked = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
         args, kwargs = args[:4], dict(zip(("create_graph",), args[4:5], strict=False)) | kwargs

@@ -16,7 +16,7 @@ dataset_identity  a digest of a Dataset's items
 run_identity      what a run is: everything that its bits depend on
 hidden_state      what a model or a loss may remember outside its arguments
 order             `magic.batches`: which examples form which batch
-record            what a training passed through, to compare a replay with
+record            what a training notes of itself, to compare a replay with
 finite            numbers that are not finite, and where they first appeared
 first_step        the first step, tried three times when a Run is made
 run               Run, and the step

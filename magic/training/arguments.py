@@ -187,7 +187,7 @@ def _tensors(values, depth: int = 4) -> Iterator[Tensor]:
 
 
 def check_mode(device: torch.device) -> None:
-    """Raise where autograd cannot record a step as training would do it."""
+    """Raise where autograd cannot trace a step as training would do it."""
     if torch.is_autocast_enabled(device.type):
         raise TypeError("autocast is on: the derivative of a run in low precision is invalid")
     if torch.is_inference_mode_enabled():

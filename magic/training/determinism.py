@@ -145,7 +145,7 @@ def _fix(settings: Settings) -> None:
     cudnn, mha = torch.backends.cudnn, torch.backends.mha
     settings._set("cudnn.deterministic", _attribute(cudnn, "deterministic"), True)
     settings._set("cudnn.benchmark", _attribute(cudnn, "benchmark"), False)
-    # Where no gradient is recorded, attention layers in eval mode take a fused path, but not inside a
+    # Where no gradient is taken, attention layers in eval mode take a fused path, but not inside a
     # TorchFunctionMode such as the adjoint's. Without that path they compute the same in both.
     settings._set("mha.fastpath", (mha.get_fastpath_enabled, mha.set_fastpath_enabled), False)
     # torch.set_float32_matmul_precision("medium") changes these, too; on the CPU they are oneDNN's.

@@ -39,7 +39,7 @@ class Gradient:
 def gradient(
     run, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
 ) -> Gradient:
-    """`Run.gradient`. With create_graph the gradient's own graph is recorded, for the adjoint.
+    """`Run.gradient`. With create_graph the gradient's own graph is kept, for the adjoint.
 
     The backward pass runs while the tensors are in the model, since activation checkpointing calls the
     model again there.

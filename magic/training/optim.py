@@ -14,7 +14,7 @@ from .rmsprop import rmsprop, rmsprop_adjoint
 from .sgd import sgd, sgd_adjoint
 from .update import Pull, Rule
 
-# How to add another one, CONTRIBUTING.md says.
+# CONTRIBUTING.md says how to add another one.
 RULES: dict[type, Rule] = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
@@ -46,7 +46,7 @@ def read(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Rule, dict
         )
     if optimizer.state:
         raise ValueError(
-            "the optimizer has already been stepped, and its memory would have to be part of s_0; "
+            "the optimizer has already been stepped, and its state would have to be part of s_0; "
             "make a new one over the same parameters"
         )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:

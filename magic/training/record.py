@@ -1,8 +1,8 @@
 """Trust, then verify: is a recomputed state the one that training passed through?
 
 A wrong state gives a wrong derivative without any other sign. So training notes the checksums of its
-state at some sixteen steps, and whoever passes such a step again is compared; and a stored state is
-compared with what was stored whenever it is loaded.
+state at some sixteen steps, and a state that is computed again for such a step is compared with them. A
+stored state is compared with what was stored whenever it is loaded.
 """
 
 from __future__ import annotations

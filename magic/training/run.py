@@ -50,7 +50,7 @@ class Run:
                "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
     seed       every random number that step t draws is a function of (seed, t)
 
-    Creating a Run tries its first step three times, so a mistake is told here and not after an hour.
+    Creating a Run tries its first step three times, so that a mistake shows here and not after an hour.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Run:
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
         earlier training of this Run with these weights was in another state at a step compared.
-        A training that is to survive a kill is `magic.train(run, disk=folder)`.
+        A training that can be interrupted and resumed is `magic.train(run, disk=folder)`.
         """
         weights = self.weights(weights, allow_negative=allow_negative)
         with determinism.alone(), bar(self.steps, "train", progress) as shown:
@@ -181,8 +181,8 @@ class Run:
     ) -> Gradient:
         """The gradient of step t's weighted loss; `weight` is (B,), the data weights of the batch.
 
-        Training calls this to step, the adjoint, with create_graph, to linearise: there is one definition
-        of what a step minimises.
+        Training calls this to step; the adjoint calls it with create_graph, to linearise. So there is one
+        definition of what a step minimises.
         """
         return gradient(self, params, buffers, weight, t, create_graph)
 

@@ -73,8 +73,8 @@ class State(_Tensors):
 
     params   name -> parameter that is trained; frozen ones are constants of the run
     buffers  name -> buffer of the model (BatchNorm's running statistics, an attention mask)
-    slots    name -> {slot: tensor}, what the optimizer remembers of that parameter, under PyTorch's
-             own names ("momentum_buffer", "exp_avg", ...); empty until the first update
+    slots    the optimizer state, name -> {its name: tensor}: what the optimizer remembers of that parameter,
+             by PyTorch's names ("momentum_buffer", "exp_avg", ...); empty until the first update
     step     t, the number of steps done
     moved    the names of the buffers that training has written by now. The others are still those of
              s_0, constants that carry no derivative. Left out, it means all of them

@@ -2,18 +2,18 @@
 
 A rule is one update of one parameter, `rule(param, grad, slots, hyper) -> (param, slots)`. It repeats, out
 of place, the very operations of PyTorch's single-tensor implementation in their order, so that a step gives
-the bits that `optimizer.step()` gives. `slots` are what the optimizer remembers of the parameter, by
-PyTorch's names; they are empty before the first update.
+the bits that `optimizer.step()` gives. `slots` is the optimizer state of the parameter, by PyTorch's names;
+it is empty before the first update.
 
 An update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all targets
 share. `adjoint(param, grad, slots, hyper, after)` computes these vectors, where there are any, and returns
 
     pull(cotangent) -> grad_cotangent
 
-which takes the cotangents of what the update returns, {"param": (K, *shape), slot: (K, *shape)} for K
-targets, turns them in place into those of what it took, and returns the gradient's. `after` is what the
-slots were after the update, or None where that is not known. A slot that the update created has no value
-before it; what the pull leaves in the place of its cotangent means nothing and is discarded.
+which takes the cotangents of what the update returns, {"param": (K, *shape), name: (K, *shape)} for K
+targets, turns them in place into those of what it took, and returns the gradient's. `after` is the optimizer
+state after the update, or None where that is not known. What the update created has no value before it;
+what the pull leaves in the place of its cotangent means nothing and is discarded.
 
 Each adjoint is derived line by line from its rule, which stands above it; the tests compare it with autograd
 of the rule.
