@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
-from magic.book import data, models, plot
+from magic.book import check, data, models, plot
 from magic.book.checks import agree, claim
 from magic.engine.adjoint import measure_vjp, step_vjp
 
@@ -203,14 +203,14 @@ for name in ("momentum", "Adam"):
     end = states_from(runs[name], states[name][half])[-1].fingerprint()
     claim(f"{name}, whole state restored: the same bits", end == states[name][-1].fingerprint())
 claim("distance without the momentum buffer", gaps["momentum, no buffer"][-1], at_least=0.3)
-claim("distance without m, v and count", gaps["Adam, no m, v and count"][-1], at_least=0.2)
-claim("distance without the count alone", gaps["Adam, no count"][-1], at_least=0.1)
+claim("without m, v and the count", gaps["Adam, no m, v and count"][-1], at_least=0.2)
+claim("without the count alone", gaps["Adam, no count"][-1], at_least=0.1, at_most=0.2)
 claim("accuracy of the worst of the three", min(accuracy.values()), at_least=0.9)
 
 # %% [markdown]
-# The accuracy shows nothing unusual. Yet these are other networks: a third of the way, a quarter and an eighth, from
-# where the interrupted run would have ended. A replay that restored its states like this would differentiate
-# a training that never took place.
+# The accuracy shows nothing unusual. Yet these are other networks, 15 to 38 % of the remaining way from where the
+# interrupted run would have ended. A replay that restored its states like this would differentiate a training that
+# never took place.
 #
 # The count is an integer and does not move with the data weights, so it has no derivative. It must be restored
 # all the same, because $m$ and $v$ are used together with it.
@@ -269,13 +269,13 @@ def forgetting(*names):
 
 
 # %% [markdown]
-# The truth comes from training alone, without any derivative. For six training images the data weight is moved
-# up and down a little, the whole training is repeated, and the five-point formula for central differences is applied to
-# the measured outputs. The error of the scores is
-# $\lVert \tau - \tau_{\text{fd}} \rVert / \lVert \tau_{\text{fd}} \rVert$, over 8 outputs and 6 images.
+# The loop itself is checked by training alone, without any derivative. For four training images the data weight is
+# moved up and down a little, the whole training is repeated, and the five-point formula for central differences
+# is applied to the measured outputs. The error is a relative distance,
+# $\lVert \tau - \tau_{\text{fd}} \rVert / \lVert \tau_{\text{fd}} \rVert$ over all outputs and the four images.
 
 # %%
-examples = list(range(0, 300, 50))
+images = list(range(0, 300, 75))
 
 
 def outputs_at(run, i, moved_by):
@@ -286,33 +286,40 @@ def outputs_at(run, i, moved_by):
 
 def finite_differences(run, h=1e-4):
     columns = []
-    for i in examples:
+    for i in images:
         near, far = [outputs_at(run, i, k * h) - outputs_at(run, i, -k * h) for k in (1, 2)]
         columns.append((8 * near - far) / (12 * h))
     return torch.stack(columns, dim=1)
 
 
-truth = {name: finite_differences(run) for name, run in runs.items()}
-errors = {}
-
-
-def error(name, left_out, scores):
-    difference = (scores[:, examples] - truth[name]).norm() / truth[name].norm()
-    errors[name, left_out] = difference.item()
-    return difference
+def distance(scores, reference):
+    return ((scores - reference).norm() / reference.norm()).item()
 
 
 # %%
-exact = {name: backward(run, states[name]) for name, run in runs.items()}
-for name, scores in exact.items():
-    claim(f"{name}: error, nothing left out", error(name, "nothing", scores), at_most=1e-7)
+exact, errors = {}, {}
+for name, run in runs.items():
+    exact[name] = backward(run, states[name])
+    gap = distance(exact[name][:, images], finite_differences(run))
+    errors[name, "nothing"] = gap
+    claim(f"{name}: error, nothing left out", gap, at_most=1e-7)
 by_magic = magic.attribute(runs["Adam"], measure, progress=False).values
-agree("our loop, magic.attribute", exact["Adam"], by_magic, tolerance=1e-10)
+claim("distance from magic.attribute", distance(exact["Adam"], by_magic), at_most=1e-10)
+
+# %% [markdown]
+# So with nothing left out the loop is exact, and its scores can serve as the reference for what follows, for all 300
+# images. First the momentum buffer.
+
 
 # %%
+def error(name, left_out, scores):
+    errors[name, left_out] = distance(scores, exact[name])
+    return errors[name, left_out]
+
+
 forgetful = backward(runs["momentum"], states["momentum"], forgetting("momentum_buffer"))
 lost = error("momentum", "the buffer m", forgetful)
-claim("momentum: error without the buffer's cotangent", lost, at_least=0.5, at_most=0.9)
+claim("momentum: error without the buffer's cotangent", lost, at_least=0.6, at_most=0.9)
 
 # %% [markdown]
 # The error stays below the 90 % of our estimate, which assumed that $\Delta_\theta$ changes slowly. It does not: in
@@ -413,8 +420,8 @@ ax.legend(title="path through", ncols=3, loc="upper right");
 
 # %%
 middle = sizes[half]
-claim("step 30: m against the parameters", middle["m"] / middle["parameters"], at_least=6)
-claim("step 30: v against the parameters", middle["v"] / middle["parameters"], at_least=1)
+claim("step 30: m against parameters", middle["m"] / middle["parameters"], at_least=8, at_most=10)
+claim("step 30: v against parameters", middle["v"] / middle["parameters"], at_least=2.5)
 
 # %% [markdown]
 # In the last step the optimizer state does not matter, since nothing reads it afterwards. Ten steps before the end,
@@ -433,10 +440,10 @@ without = {
     "the count": backward(run, counted),
 }
 lost = {what: error("Adam", what, scores) for what, scores in without.items()}
-claim("Adam: error without m", lost["m"], at_least=1)
-claim("error without v", lost["v"], at_least=0.3)
-claim("error without both", lost["m and v"], at_least=0.3, at_most=0.9)
-claim("error with the count forgotten in each state", lost["the count"], at_least=0.3)
+claim("Adam: error without m", lost["m"], at_least=2)
+claim("error without v", lost["v"], at_least=1)
+claim("error without both", lost["m and v"], at_least=0.5, at_most=0.9)
+claim("error with the count forgotten in each state", lost["the count"], at_least=1)
 
 # %% [markdown]
 # Forgetting $m$ alone is worse than forgetting both. The reason lies in Adam's formula. Multiply all
@@ -534,19 +541,19 @@ agree("slope 0 at 0, and magic", safe, scores.values, tolerance=1e-9)
 
 # %% [markdown]
 # The slope of $\sqrt{v}$ at 0 is infinite. The chain rule multiplies it by the numerator $m' = 0$, and in floating point
-# $0 \cdot \infty$ is NaN. These NaNs stand in the rows of words that never occur, but the next product
-# with the counts multiplies them by zero, which is NaN again, and so carries them to every score.
+# $0 \cdot \infty$ is NaN. The NaNs first stand in the columns of words that never occur. The next product with
+# the counts multiplies them by zero, which is NaN again, and adds the result to everything else.
 #
-# Why is 0 the *right* slope, and not just a harmless one? Look at the update instead of the root. Where $m' = 0$, it
-# is $\theta' = \theta$ whatever $v'$ is, so $\partial\theta'/\partial v' = 0$. And $v'$ cannot move alone: a gradient
-# that moves it moves $m'$, too. From $m = v = 0$ at $t = 1$,
+# Why is 0 the *right* slope, and not just a harmless one? Look at the update instead of the root. Where $m' = 0$, the
+# update leaves $\theta$ where it is, whatever $v'$ is, so $\partial\theta'/\partial v' = 0$. And a gradient that
+# moves $v'$ moves $m'$, too. From $m = v = 0$, the first update is
 #
 # $$\theta'(g) = \theta - \eta\,\frac{g}{|g| + \varepsilon}, \qquad
 #   \frac{\partial \theta'}{\partial g}(0) = -\frac{\eta}{\varepsilon} .$$
 #
-# The function looks as if it jumped at 0 from $\eta$ to $-\eta$, but at a scale finer than $\varepsilon$ it is smooth. Its slope
-# is the one that the numerator gives alone: the denominator changes by $|g|$, and times the numerator $g$ this is of
-# second order.
+# From afar this function seems to jump at 0, but on a scale finer than $\varepsilon$ it is smooth. Its slope at 0 is the
+# one that the numerator gives alone: the denominator changes by $|g|$, and times the numerator $g$ this is of second
+# order.
 #
 # So the derivative is exact. It is also local, and Adam makes that matter. A word that occurs in **one** training
 # sentence gets its gradients from that sentence alone, and Adam divides them by their own size. The data
@@ -565,26 +572,25 @@ def moved_at(weight):
 
 
 way = {weight: moved_at(weight) for weight in (1.0, 0.5, 0.1, 0.0)}
-claim('"fog" moves at weight 0.5, against weight 1', way[0.5] / way[1.0], at_least=0.95)
-claim("at weight 0.1", way[0.1] / way[1.0], at_least=0.9)
+claim('"fog" moves at weight 0.5, against weight 1', way[0.5] / way[1.0], at_least=0.99)
+claim("at weight 0.1", way[0.1] / way[1.0], at_least=0.95)
 claim("at weight 0", way[0.0] / way[1.0], at_most=0)
 
 # %% [markdown]
 # Until the weight is nearly zero the word moves as before; at zero it does not move at all. No slope at
 # $w = 1$ can predict that. A larger $\varepsilon$ rounds this corner off, and so does the constant `eps_root` under the
-# root, which exercise 2 looks at.
+# root, which exercise 05.2 looks at.
 #
 # ## 6 · BatchNorm: a path that only the end reads
 #
 # In training, a BatchNorm layer normalises its inputs $h$ with the batch's own mean and variance. On the side it keeps
-# running averages, with $\kappa = 0.1$:
+# a running mean $R$, and a running variance in the same way:
 #
-# $$\rho' = (1-\kappa)\,\rho + \kappa\,\text{mean}(h(\theta)),$$
+# $$R' = (1-\kappa)\,R + \kappa\;\text{mean}(h(\theta)), \qquad \kappa = 0.1 .$$
 #
-# and the same for the variance. No training step reads $\rho$. The finished model, in eval mode, does: the measured
-# loss depends on the data weights along one more path, $w \to \theta_t \to \rho_T \to \varphi$, which counts
-# for about the last $1/\kappa = 10$ steps. On the way back, this path begins in the first cotangent, in
-# $\partial\varphi/\partial\rho_T$.
+# No training step reads $R$. The finished model, in eval mode, does, and so the measured loss depends on the
+# data weights along one more path, $w \to \theta_t \to R_T \to \varphi$. It counts for about the last
+# $1/\kappa = 10$ steps. On the way back it begins in the first cotangent, with $\partial\varphi/\partial R_T$.
 
 
 # %%
@@ -597,7 +603,7 @@ first = measure_vjp(run, true[-1], measure)
 print({name: tuple(d.shape) for name, d in first.buffers.items()})
 wrong = backward(run, true, without_statistics)
 lost = error("BatchNorm", "running statistics", wrong)
-claim("error without the running statistics", lost, at_least=0.5)
+claim("error without the running statistics", lost, at_least=1)
 
 # %% [markdown]
 # This path is easily lost. PyTorch's operation updates the statistics in place, outside the graph that autograd keeps, so
@@ -619,7 +625,7 @@ for past in (1, 2):
 claim("whatever was drawn before: the same bits", ends[0] == ends[1])
 reseeded = run_of(dropped, seed=1, **adam)
 lost = error("dropout", "its random numbers", backward(reseeded, true))
-claim("error with the right states and other dropout masks", lost, at_least=0.3)
+claim("error with the right states and other dropout masks", lost, at_least=1)
 
 # %% [markdown]
 # The last line is what happens to a replay that restores parameters, buffers and optimizer state, and forgets the
@@ -627,7 +633,8 @@ claim("error with the right states and other dropout masks", lost, at_least=0.3)
 #
 # ## 8 · Everything that we left out
 #
-# One orange dot for each thing forgotten on the way back, and one blue dot for each run with nothing forgotten.
+# Each orange dot is one thing forgotten on the way back; each blue dot is a run with nothing forgotten, compared with
+# finite differences.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 shown = sorted(errors.items(), key=lambda item: (item[0][1] != "nothing", item[1]))
@@ -651,30 +658,28 @@ ax.set_title("Left out of the derivative");
 # ## What we ignored
 #
 # - **Memory that is not declared.** A layer that counts its calls in a plain Python attribute remembers something
-#   that is neither parameter, buffer nor optimizer state. Exercise 5 repairs one.
+#   that is neither parameter, buffer nor optimizer state. Exercise 05.5 repairs one.
 # - **Other memories.** A moving average of the parameters, gradients accumulated over several steps, a loss
 #   scaler, the position of a data loader: each would be a part of the state. Here the batches are fixed in advance, so
 #   $t$ alone gives the position.
 # - **Other runs.** Each percentage belongs to its run of 60 steps. Another model, rate or length gives another, as
-#   exercise 6 shows.
+#   exercise 05.6 shows.
 # - **The size of the memory.** With Adam a state is three times as large as the parameters, and going back
-#   needs all of them in turn. The next chapter is about keeping only a few.
+#   needs the states of all steps. The next chapter is about keeping only a few of them.
 #
 # ## Exercises
 #
-# The first five have a checker. Write the function, uncomment the last line and run the cell.
+# The first five have a checker: write the answer, uncomment the last line of the cell and run it.
 #
 # **05.1 · ●○○ · 5 min.** A run is resumed after `done` updates of Adam with the right $m$ and $v$, and with the count at 0.
-# Its next update is the true one times a number, as long as $\varepsilon = 0$. Which number? What is it for `done` = 30, and
-# what after very many updates?
+# With $\varepsilon = 0$, its next update is the true one times a number. Which number? What is it for `done` = 30, and
+# what is it after very many updates?
 #
 # <details><summary>Hint</summary>The update is $\alpha\, c\, m'/\sqrt{v'}$, and $m'$ and $v'$ do not depend on the count.
 # What are $\alpha$ and $c$ with the right count of this update, and with the wrong one?</details>
 
+
 # %%
-from magic.book import check
-
-
 def stretch(done, beta1, beta2):
     """The first update after resuming with the count at 0, divided by the true one; ε = 0."""
     ...
@@ -718,9 +723,9 @@ def pull_coupled(theta, g, m, v, t, to_theta, to_m, to_v, lr, beta1, beta2, eps,
 # check("05.3", pull_coupled)
 
 # %% [markdown]
-# **05.4 · ●●○ · 15 min.** BatchNorm's running statistics are state. For inputs $h$ of shape (B, C) the new ones are
-# $(1-\kappa)$ times the old ones plus $\kappa$ times the batch's mean and variance, where this variance
-# divides by $B - 1$. Pull their cotangents back.
+# **05.4 · ●●○ · 15 min.** BatchNorm's running statistics are part of the state. For inputs $h$ of shape (B, C) the new
+# ones are $1-\kappa$ times the old ones plus $\kappa$ times the batch's mean and variance, where this variance
+# divides by $B - 1$. Given the cotangents of the new ones, find those of $h$ and of the old ones.
 #
 # <details><summary>Hint</summary>The derivative of $\sum_i (h_i - \text{mean})^2$ in $h_j$ is $2(h_j - \text{mean})$:
 # the mean moves, too, but the deviations from it add up to zero.</details>
@@ -735,9 +740,9 @@ def pull_statistics(h, to_mean, to_var, kappa):
 # check("05.4", pull_statistics)
 
 # %% [markdown]
-# **05.5 · ●●○ · 10 min.** This layer grows from 0 to 1 over its first 20 training steps. `magic.Run` refuses it (try):
-# the number of calls is a memory that no state contains. Write one with the same output in each training step
-# whose memory is part of the state, and which does not count when the model is in eval mode.
+# **05.5 · ●●○ · 10 min.** This layer multiplies its input by a factor that grows from 0 to 1 over its first 20 calls.
+# `magic.Run` refuses it (try it): the number of calls is a memory that no state contains. Write `MyWarmUp`, with the
+# same output in each training step. Its memory must be part of the state, and in eval mode it must not count.
 #
 # <details><summary>Hint</summary>`self.register_buffer("calls", torch.zeros((), dtype=torch.int64))`. Buffers are
 # part of the state; PyTorch expects `self.calls += 1` to change them in place. `self.training` says which mode

@@ -137,7 +137,7 @@ check("05.4", pull_statistics)
 
 
 # %%
-class WarmUp(nn.Module):
+class MyWarmUp(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
@@ -148,7 +148,7 @@ class WarmUp(nn.Module):
         return x * (self.calls / 20).clamp(max=1.0)
 
 
-check("05.5", WarmUp)
+check("05.5", MyWarmUp)
 
 # %% [markdown]
 # `magic.Run` hands the buffers of a state to the layer and collects what it leaves in them. A plain attribute of the
