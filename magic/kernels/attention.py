@@ -175,11 +175,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """F.scaled_dot_product_attention with training's bits, or None where only another form can be had.
+    """F.scaled_dot_product_attention with training's bits, or None where only another form is available.
 
     PyTorch is asked which kernel it would choose. The plain one it can differentiate itself; a mask that
-    requires a gradient goes there, too. Without a batch it makes one of one, and so does this; of other
-    shapes nothing is known here.
+    requires a gradient goes there, too. Where there is no batch axis, PyTorch adds one of length 1, and so
+    does this function. It returns None for other shapes.
     """
     q, k, v, mask = query, key, value, attn_mask
     if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):

@@ -1,8 +1,8 @@
 """Ways in which a number may escape from the graph of a step, so that the step's derivative misses it.
 
-None is wrong by itself: a loss may print a number. But a number that has left the graph may come back, as a
-factor or through NumPy, and then the derivative of the step lacks a part. So each way is noted, and a
-step in which one was taken is compared with finite differences (`magic.engine.witness`). Noted are
+None of them is wrong by itself: a loss may print a number. But a number that has left the graph may come
+back, as a factor or through NumPy, and then the derivative of the step lacks a part. So each way is noted,
+and a step in which one was taken is compared with finite differences (`magic.engine.witness`). Noted are
 
 - operations that make floating-point numbers without a graph out of tensors that have one;
 - stopped tensors that lead nowhere: nothing of the step was made of them, as far as its graph shows;

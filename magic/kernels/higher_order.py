@@ -4,7 +4,7 @@ A training step takes one derivative, the gradient, and its adjoint takes the se
 operations of this wing have closed forms. A loss that takes gradients itself (a gradient penalty, a
 physics-informed loss, an inner step of MAML) makes it a third or a fourth. There PyTorch's own
 differentiation of the first derivative stands in, which can be repeated as often as one likes; the
-numbers are as exact, and only speed is lost.
+numbers are equally exact; only speed is lost.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Means over windows of k × k that tile the image are a linear map, and so is its transpose. PyTorch's kernels
 go pixel by pixel; sums of strided slices are four to six times as fast on a CPU. They are used only in
-the pull, whose last bit is free; value and gradient keep PyTorch's kernels, and so training's bits.
+the pull, whose last bit may differ; value and gradient keep PyTorch's kernels, and so training's bits.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _spread(g: Tensor, k: int, shape) -> Tensor:
 def avg_pool2d(
     x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
-    """F.avg_pool2d; other than square windows that tile the image keep PyTorch's own derivatives."""
+    """F.avg_pool2d; windows that are not square, or do not tile the image, keep PyTorch's own derivatives."""
     k = kernel_size if isinstance(kernel_size, int) else None
     tiles = k is not None and stride in (None, k) and padding == 0 and not ceil_mode
     if x.dim() == 4 and tiles and divisor_override is None:

@@ -64,8 +64,8 @@ def native_layer_norm(x, normalized_shape, weight, bias, eps):
 
 
 def linear_cross_entropy(*args, options=None, **kwargs):
-    """F.linear_cross_entropy, not in chunks: with these, PyTorch computes the gradient in the forward pass,
-    and it cannot be differentiated."""
+    """F.linear_cross_entropy, not in chunks. In chunks, PyTorch computes the gradient in the forward pass,
+    and that gradient cannot be differentiated."""
     return F.linear_cross_entropy(*args, **kwargs)
 
 

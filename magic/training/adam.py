@@ -15,7 +15,7 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor
     """One update of torch.optim.Adam or AdamW: betas, eps, weight decay, amsgrad, maximize.
 
     `eps_root` is added to v̂ under the root, as in optax (Engstrom et al. 2025 use it for smoothness).
-    torch.optim has no such option and ignores it in a parameter group: with it, the loop is another.
+    torch.optim has no such option and ignores it in a parameter group, so a plain loop trains without it.
     """
     lr, (beta1, beta2) = hyper["lr"], hyper["betas"]
     if hyper["maximize"]:

@@ -1,6 +1,6 @@
 """What a Run tries when it is made: its first step, three times, before anything long starts.
 
-Most ways in which a model is not a function of its state show in one step: random numbers that are not
+Most ways in which a model fails to be a function of its state show in one step: random numbers that are not
 torch's, attributes that count calls, parameters written in place, a second model used on the side. Each is
 refused here, by name.
 """

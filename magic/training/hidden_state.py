@@ -1,4 +1,4 @@
-"""What a model or a function may remember outside its arguments, so that a change of it can be seen.
+"""What a model or a function may remember outside its arguments, read so that changes can be noticed.
 
 A step must not depend on the steps before it except through the state. Two things could carry more from
 step to step: the attributes of the modules, and what the loss holds, which is what its closure, the globals
