@@ -200,10 +200,14 @@ def error(run):
 
 
 # %%
-cases = {
-    "10 epochs, constant rate": (10, False),
-    "40 epochs, constant rate": (40, False),
-    "40 epochs, falling rate": (40, True),
-}
-for case, (epochs, falling) in cases.items():
-    claim(f"error, {case}", error(normed_run(epochs, falling)), at_least=0.3)
+claim("10 epochs, constant rate", error(normed_run(10, False)), at_least=0.75)
+claim("40 epochs, constant rate", error(normed_run(40, False)), at_least=0.9)
+claim("40 epochs, falling rate", error(normed_run(40, True)), at_least=0.9)
+
+# %% [markdown]
+# The error does not fade. Training that has settled hardly moves the parameters from step to step, but that is not the
+# derivative in question. The running statistics are averages of $\text{mean}(h(\theta_t))$ over the last ten steps or so,
+# and all these $\theta_t$ depend on the data weights, through the whole run before them. If $\theta$ no longer moves, the
+# statistics are simply functions of the final $\theta$, and leaving them out means holding constant a part of the
+# model that changes with its parameters. A falling rate makes the statistics fit the final parameters better. It does
+# not make them independent of the data weights.
