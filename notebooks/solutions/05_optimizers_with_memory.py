@@ -182,6 +182,7 @@ def normed_run(epochs, falling):
     return magic.Run(net, optimizer, (x, y), loss, order, scheduler=falls if falling else None)
 
 
+# %%
 def error(run):
     """The relative error of the scores without the path through the running statistics."""
     states = [run.initial]
