@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
-from magic.book import check, data, models, plot
+from magic.book import data, models, plot
 from magic.book.checks import agree, claim
 from magic.engine.adjoint import measure_vjp, step_vjp
 
@@ -123,7 +123,7 @@ run = run_of(normed, **adam)
 state = run.step(run.initial, run.weights())
 for name, tensor in state.flatten().items():
     if "/2." in name:  # the layer that nn.Sequential calls "2"
-        print(f"{name:<32} {str(tensor.dtype):<15} {tuple(tensor.shape)}")
+        print(f"{name:<32} {tensor.dtype!s:<15} {tuple(tensor.shape)}")
 
 # %% [markdown]
 # ## 2 · Restoring half a state
@@ -185,7 +185,8 @@ for case, (name, change) in cases.items():
     run, true = runs[name], states[name][half:]
     again = states_from(run, change(run, true[0]))
     way = (flat(true[-1]) - flat(true[0])).norm()
-    gaps[case] = [((flat(a) - flat(b)).norm() / way).item() for a, b in zip(again, true)]
+    pairs = zip(again, true, strict=True)
+    gaps[case] = [((flat(a) - flat(b)).norm() / way).item() for a, b in pairs]
     answers = run.model(again[-1])(x_test).argmax(1)
     accuracy[case] = (answers == y_test).double().mean().item()
 
@@ -462,22 +463,26 @@ claim("error with the count forgotten in each state", lost["the count"], at_leas
 # sentences, half about the weather and half about cooking, with four more to test on.
 
 # %%
-weather = """rain fell on the hills all night
-snow fell and the wind rose
-the wind drove rain over the sea
-fog lay on the sea all morning
-the sun rose over the snow
-clouds and rain came over the hills
-thunder and rain all night
-hail fell on the sea""".split("\n")
-cooking = """stir the soup and add salt
-bake the bread all morning
-add butter and salt to the bread
-boil the rice with salt
-serve the soup with bread and butter
-chop an onion and fry the rice
-fry the fish with butter
-bake a cake and serve it""".split("\n")
+weather = [
+    "rain fell on the hills all night",
+    "snow fell and the wind rose",
+    "the wind drove rain over the sea",
+    "fog lay on the sea all morning",
+    "the sun rose over the snow",
+    "clouds and rain came over the hills",
+    "thunder and rain all night",
+    "hail fell on the sea",
+]
+cooking = [
+    "stir the soup and add salt",
+    "bake the bread all morning",
+    "add butter and salt to the bread",
+    "boil the rice with salt",
+    "serve the soup with bread and butter",
+    "chop an onion and fry the rice",
+    "fry the fish with butter",
+    "bake a cake and serve it",
+]
 text, test = weather[:6] + cooking[:6], weather[6:] + cooking[6:]
 vocabulary = sorted({word for line in text + test for word in line.split()})
 
@@ -647,7 +652,7 @@ claim("error with the right states and other dropout masks", lost, at_least=0.4)
 shown = sorted(errors.items(), key=lambda item: (item[0][1] != "nothing", item[1]))
 ax = plt.subplots(figsize=(5.6, 4.2))[1]
 ax.axvline(1, color=plot.NEUTRAL, linewidth=1)
-for row, ((name, what), value) in enumerate(shown):
+for row, ((_, what), value) in enumerate(shown):
     color = plot.HELPFUL if what == "nothing" else plot.HARMFUL
     ax.scatter(value, row, s=60, color=color, zorder=3)
     if what != "nothing":
@@ -676,7 +681,8 @@ ax.set_title("Left out of the derivative");
 #
 # ## Exercises
 #
-# The first five have a checker: write the answer, uncomment the last line of the cell and run it.
+# The first five have a checker: write the answer, uncomment the last line of the cell and run it. `check` is
+# imported once, in the first of these cells.
 #
 # **05.1 · ●○○ · 5 min.** A run is resumed after `done` updates of Adam with the right $m$ and $v$, and with the count at 0.
 # With $\varepsilon = 0$, its next update is the true one times a number. Which number? What is it for `done` = 30, and
@@ -692,6 +698,7 @@ def stretch(done, beta1, beta2):
     ...
 
 
+# from magic.book import check
 # check("05.1", stretch)
 
 # %% [markdown]

@@ -128,20 +128,25 @@ def slope_at_zero(answer: Callable) -> None:
 _NAMES = ("ḡ", "Δ_θ", "Δ_m", "Δ_v")
 
 
-def _coupled(theta, g, m, v, t, lr, b1, b2, eps, decay):
+T = 5  # the number of the update in 05.3
+
+
+def _coupled(inputs, hyper):
+    """(θ', m', v') of (θ, g, m, v); hyper is (lr, β₁, β₂, ε, λ)."""
+    (theta, g, m, v), (lr, b1, b2, eps, decay) = inputs, hyper
     g = g + decay * theta
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-    r = v.sqrt() / (1 - b2**t) ** 0.5 + eps
-    return theta - lr / (1 - b1**t) * m / r, m, v
+    r = v.sqrt() / (1 - b2**T) ** 0.5 + eps
+    return theta - lr / (1 - b1**T) * m / r, m, v
 
 
-def _mistaken(theta, g, m, v, t, to, hyper, inside: bool, outside: bool):
-    """The pull, with λθ missing in m' and v' (unless `inside`) or in the factor of v̄ (unless `outside`)."""
-    lr, b1, b2, eps, decay = hyper
+def _mistaken(inputs, to, hyper, *, inside: bool, outside: bool) -> Tensor:
+    """ḡ with λθ missing in m' and v' (unless `inside`) or in the factor of v̄ (unless `outside`)."""
+    (theta, g, m, v), (lr, b1, b2, eps, decay) = inputs, hyper
     whole = g + decay * theta
     used, factor = (whole if inside else g), (whole if outside else g)
     m, v = b1 * m + (1 - b1) * used, b2 * v + (1 - b2) * used**2
-    alpha, c = lr / (1 - b1**t), (1 - b2**t) ** 0.5
+    alpha, c = lr / (1 - b1**T), (1 - b2**T) ** 0.5
     r = v.sqrt() / c + eps
     m_bar = to[1] - alpha / r * to[0]
     v_bar = to[2] + alpha * m / (2 * c * r**2 * v.sqrt()) * to[0]
@@ -151,7 +156,7 @@ def _mistaken(theta, g, m, v, t, to, hyper, inside: bool, outside: bool):
 @exercise("05.3", "the pull through Adam with coupled weight decay")
 def pull_coupled(answer: Callable) -> None:
     theta, g, m, v, *to = (_random(6, seed=k) for k in range(7))
-    v, t = v**2, 5
+    inputs = theta, g, m, v**2
     cases = Cases({})
     for case, decay, kept in (
         ("no weight decay", 0.0, (1, 1, 1)),
@@ -161,8 +166,8 @@ def pull_coupled(answer: Callable) -> None:
     ):
         hyper = (0.05, 0.9, 0.99, 1e-3, decay)
         here = [k * d for k, d in zip(kept, to, strict=True)]
-        leaves = [x.clone().requires_grad_() for x in (theta, g, m, v)]
-        after = _coupled(*leaves, t, *hyper)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        after = _coupled(leaves, hyper)
         to_theta, to_g, *rest = torch.autograd.grad(after, leaves, here)
         suspects: dict[str, dict[str, Tensor]] = {name: {} for name in _NAMES}
         suspects["Δ_θ"] = {
@@ -176,17 +181,17 @@ def pull_coupled(answer: Callable) -> None:
         }
         suspects["ḡ"] = {
             "v̄ is multiplied by 2(1 − β₂)g̃, with g̃ = g + λθ, and not by g": (
-                _mistaken(theta, g, m, v, t, here, hyper, True, False)
+                _mistaken(inputs, here, hyper, inside=True, outside=False)
             ),
             "m' and v' are made of g̃ = g + λθ, not of g": (
-                _mistaken(theta, g, m, v, t, here, hyper, False, True)
+                _mistaken(inputs, here, hyper, inside=False, outside=True)
             ),
             "λθ is left out: m', v' and the factor of v̄ are made of g̃ = g + λθ": (
-                _mistaken(theta, g, m, v, t, here, hyper, False, False)
+                _mistaken(inputs, here, hyper, inside=False, outside=False)
             ),
             "g̃ = g + λθ moves one for one with g: λ does not multiply ḡ": decay * to_g,
         }
-        got = cases.call(case, answer, theta, g, m, v, t, *here, *hyper)
+        got = cases.call(case, answer, *inputs, T, *here, *hyper)
         pairs = zip(_NAMES, (to_g, to_theta, *rest), strict=True)
         _several(cases, case, got, {name: (want, suspects[name]) for name, want in pairs})
 
