@@ -127,7 +127,8 @@ with magic.determinism.fix():
 print(f"with momentum 0.9 about {with_momentum:.2g}, without momentum about {without:.2g}")
 
 # %%
-claim("without momentum, the rate can be larger by a factor of", without / with_momentum, at_least=2)
+ratio = without / with_momentum
+claim("without momentum, the rate can be larger by a factor of", ratio, at_least=2)
 
 # %% [markdown]
 # ## 01.4 · Where did they part?
@@ -160,9 +161,9 @@ check("01.4", first_difference)
 #
 # A model that counts its forward passes in an attribute, and one that counts them in a buffer.
 #
-# `magic.Run` does its first step more than once, from the same state. With the attribute the second result differs from the first,
-# and the run is refused with an error that says so. A buffer is part of the state: it starts each try at zero, goes on
-# from step to step, and the run is accepted.
+# `magic.Run` does its first step more than once, from the same state. The attribute has changed in between, so the step is
+# no function of the state, and the run is refused with an error that names the attribute. A buffer is part of the
+# state: it starts each try at zero and goes on from step to step, and the run is accepted.
 
 
 # %%
