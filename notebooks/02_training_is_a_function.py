@@ -632,7 +632,7 @@ def half_square(model, x, y):
     return 0.5 * (model(x) - y).square()[:, 0]
 
 
-def deep(a1, a2, b, T=400, rate=0.3):
+def deep(a1, a2, b, T=80, rate=0.3):
     """A run of T steps of gradient descent from these parameters."""
     net = torch.nn.Sequential(
         torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
