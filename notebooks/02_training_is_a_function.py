@@ -155,6 +155,8 @@ torch.manual_seed(0)
 net = torch.nn.Sequential(
     models.MLP((64, 32)), torch.nn.BatchNorm1d(32), torch.nn.GELU(), torch.nn.Dropout(0.2)
 ).append(torch.nn.Linear(32, 10))
+
+# %%
 order, rules = magic.batches(len(x), size=50, epochs=5), {"momentum": 0.9, "weight_decay": 1e-3}
 sgd = torch.optim.SGD(net.parameters(), lr=0.02, **rules)
 theirs = magic.Run(net, sgd, (x, y), cross_entropy, order, seed=7).train(progress=False)
@@ -228,6 +230,7 @@ def squared_error(model, x, y):
     return (model(x) - y).square()[:, 0]
 
 
+# %%
 torch.manual_seed(0)
 small = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
 steps = magic.batches(len(px), size=12, epochs=20)
@@ -263,10 +266,10 @@ ax.legend(fontsize=9);
 # %% [markdown]
 # The four curves are four values of $f$, at the corners of a square: A and B present or absent. Since weights are
 # numbers, nothing keeps us from the rest of the square. A weight of ½ means that A pulls half as hard. We train
-# at 121 places.
+# at 81 places.
 
 # %%
-axis = torch.linspace(0, 1.25, 11)
+axis = torch.linspace(0, 1.25, 9)
 surface = torch.tensor(
     [[output(curve.train(weights_of(a, b))).item() for a in axis.tolist()] for b in axis.tolist()]
 )
@@ -397,6 +400,7 @@ def hessian(theta, w):
     return (u.T * (w * p * (1 - p))) @ u / n + decay * torch.eye(len(theta))
 
 
+# %%
 def optimum(w):
     """θ*(w), by Newton's method."""
     theta = torch.zeros(u.shape[1])
@@ -525,10 +529,13 @@ def hard_loss(model):
     return log_loss(model, x_hard, y_hard)
 
 
-for T in (30, 500):
-    run = logistic(T)
-    ours = unrolled(run, lambda state: hard_loss(trained(run, state)).sum())
-    theirs = by_magic(run, hard_loss)
+def hard_scores(run):
+    return unrolled(run, lambda state: hard_loss(trained(run, state)).sum())
+
+
+# %%
+for T in (30, 250):
+    ours, theirs = hard_scores(logistic(T)), by_magic(logistic(T), hard_loss)
     claim(f"T = {T}: recursion and unrolled run differ by", relative(cold[T], ours), at_most=1e-9)
     claim(f"T = {T}: recursion and magic differ by", relative(cold[T], theirs), at_most=1e-9)
 
@@ -632,6 +639,7 @@ def half_square(model, x, y):
     return 0.5 * (model(x) - y).square()[:, 0]
 
 
+# %%
 def deep(a1, a2, b, T=80, rate=0.3):
     """A run of T steps of gradient descent from these parameters."""
     net = torch.nn.Sequential(
@@ -647,6 +655,7 @@ def answer(run, state):
     return trained(run, state)(novel)[0, 0]
 
 
+# %%
 run = deep(1.5, 1.0, 0.1)
 final = run.train(torch.ones(6))
 theta = torch.cat([p.detach().flatten() for p in final.params.values()])

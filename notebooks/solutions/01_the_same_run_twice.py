@@ -119,6 +119,7 @@ def distance_after_one_bit(rate, momentum, epochs=15):
     return sum((p - q).square().sum() for p, q in pairs).sqrt().item()
 
 
+# %%
 def turning_point(momentum, low, high, rough):
     """The rate at which the distance passes `rough`, to a factor of two."""
     while high / low > 2:

@@ -153,6 +153,7 @@ def slopes_and_hessian(theta, batch):
     return slopes, (u.T * (p * (1 - p) * inside)) @ u + decay * torch.eye(len(theta))
 
 
+# %%
 theta, everything = torch.zeros(u.shape[1]), torch.arange(n)
 for _ in range(12):
     slopes, H = slopes_and_hessian(theta, everything)
@@ -221,6 +222,7 @@ def train(weights, a, b, rate=0.3, steps=400):
     return theta
 
 
+# %%
 def run_and_pseudo(measure, a, b):
     """The scores of the run, and those by H⁺ where it ended."""
     weights = torch.ones(6).requires_grad_()
