@@ -94,13 +94,9 @@ def _judge_split(cases: Cases, case: str, m: Any, T: int, c: int) -> None:
     elif m == T // 2 or m == (T + 1) // 2:
         why = ": halves are not the best, since the left part is reversed with more states free"
     raise Wrong(
-        f"{_so_far(cases)}wrong for {case}: with m = {m:,} the whole takes {through(m):,} steps, "
+        f"{cases._so_far()}wrong for {case}: with m = {m:,} the whole takes {through(m):,} steps, "
         f"and {best:,} are possible{why}."
     )
-
-
-def _so_far(cases: Cases) -> str:
-    return f"right for {', '.join(cases.right)}; " if cases.right else ""
 
 
 # -- 06.3 --------------------------------------------------------------------------------------------
@@ -115,7 +111,7 @@ def reverse(answer: Any) -> None:
         actions = cases.call(case, lambda: _listed(answer, a, b, c, most))  # noqa: B023
         if len(actions) == most:
             raise Wrong(
-                f"{_so_far(cases)}for {case} it yields more than {most:,} actions. Does the recursion "
+                f"{cases._so_far()}for {case} it yields more than {most:,} actions. Does the recursion "
                 "never end?"
             )
         _judge_actions(cases, case, [_moved(action, -a) for action in actions], b - a, c)
@@ -152,7 +148,7 @@ def _judge_actions(cases: Cases, case: str, actions: list, T: int, c: int) -> No
         if "Save(t=0)" in str(error):
             hint = " s_a is kept already, and need not be saved."
         raise Wrong(
-            f"{_so_far(cases)}wrong for {case}: counted from a, {error}.{hint}",
+            f"{cases._so_far()}wrong for {case}: counted from a, {error}.{hint}",
         ) from None
     cases.true(case, took.peak_states <= c, f"{took.peak_states} states are kept at once, and c = {c} may be")
     cases.right.pop()
