@@ -176,12 +176,14 @@ claim("share of the test images that the network reads right", accuracy, at_leas
 def replay(actions):
     """Follow the actions and return the scores, (2, n).
 
-    Keep three things: a dict of the kept states, which starts empty; the current state, which starts as
-    run.initial; and the cotangent, which is None until the training has ended. The table of section 1
-    says what to do at each action; run.step(state, weights) does a step, and state.step is its t.
-    At the first Adjoint, measure_vjp(run, state, measure) makes the cotangent, from the state *after*
-    the step. At each Adjoint, step_vjp(run, state, cotangent, weights) returns the cotangent before
-    the step and the step's part of the scores, (2, B), to be added to the columns order[t].
+    Keep three things: a dict of the kept states, which starts empty; the current state, which
+    starts as run.initial; and the cotangent, which is None until the training has ended. The table
+    of section 1 says what to do at each action; run.step(state, weights), with weights =
+    run.weights(), does a step, and state.step is its t. At the first Adjoint,
+    measure_vjp(run, state, measure) makes the cotangent, from the state *after* the step. At each
+    Adjoint, step_vjp(run, state, cotangent, weights) returns the cotangent before the step and the
+    step's part of the scores, (2, B), to be added to the columns order[t] of a zero tensor
+    (2, run.n) with index_add_.
     """
     kept, state, cotangent = {}, run.initial, None
     weights, values = run.weights(), torch.zeros(2, run.n, device=device)
@@ -224,7 +226,7 @@ claim("largest difference from magic.attribute, relative", gap, at_most=1e-4)
 
 # %% tags=["your-turn"]
 def keep_every(T, k):
-    """Yield the actions of a schedule for T steps that keeps the states 0, k, 2k, … < T of the training.
+    """Yield the actions of a schedule for T steps that keeps the states 0, k, 2k, … < T.
 
     Way down: Save(0), then for each pair of neighbouring starts: Load, Advance, Save.
     Way back, last piece first: step by step through the piece (Load, Advance, Save for each of its
@@ -279,9 +281,9 @@ claim("no k keeps fewer than 27 states, and 2√200 − 1 is 27.3", fewest == 27
 def tree(a, b, k):
     """Yield the actions that reverse the steps a … b − 1, where s_a is kept already, and drop s_a.
 
-    Load(a) comes first. A single step needs Adjoint and Drop. A longer node has min(k, b − a) parts,
-    whose ends are a + (b − a) * i // parts for i = 0 … parts: Advance to the start of each part but
-    the first, and Save it; then do all parts, last one first, by tree itself.
+    Load(a) comes first. A single step needs Adjoint and Drop. A longer node has parts = min(k, b − a)
+    parts, and their ends are a + (b − a) * i // parts for i = 0 … parts. Advance to the start of
+    each part but the first, and Save it. Then do all parts, last one first, by tree itself.
     """
     yield Load(a)
     if b - a == 1:
@@ -363,7 +365,7 @@ claim(
 # %% tags=["your-turn"]
 @cache
 def fewest_steps(T, c):
-    """A(T, c), by the recursion above: the fewest steps advanced to reverse T steps with c states."""
+    """A(T, c) by the recursion above: the fewest steps advanced to reverse T with c states."""
     if T == 1:
         return 0
     if c == 1:
@@ -474,8 +476,8 @@ bottom.legend();
 # optimum, because its parts are equal. The left part of a cut is reversed when more places are free, so it ought to be
 # longer than the right one. With 199 states there are only two levels, and then the tree, every $k$-th and the optimum
 # are nearly the same. The lower panel shows how the cost grows with the length of the run: with 32 states, each of
-# ten million steps costs fewer than six extra ones, and the curve gets flatter and flatter. Long runs are no harder in
-# kind than short ones.
+# ten million steps costs fewer than six extra ones, and a run ten times as long costs only about one more for each
+# step.
 #
 # ## 7 · Do they really give the same?
 #

@@ -57,8 +57,8 @@ class Prices:
 
 
 # The prices in plain training steps, as they usually compare. Counted in forward passes, a step takes three,
-# one forward and two for the way back; a trace takes the same three, and pulling through it another five
-# (chapter 06, section 8). That is 1 and 5/3, and a fifth is added for autograd's book-keeping: 1.2 and 2.
+# one forward and two for the way back; a trace takes the same three, and pulling through it another six
+# (chapter 07, section 6). That is 1 and 2, and a fifth is added to the trace for autograd's book-keeping.
 # Measured on small networks with one thread, the medians were 1.6 and 1.9. A file is taken to cost a step.
 USUAL = Prices(step=1.0, trace=1.2, pull=2.0, access=1.0)
 

@@ -134,7 +134,8 @@ def online(steps, c):
 
 def extra_online(steps, c):
     kept = online(steps, c)
-    actions = schedule.resumed(kept, steps, lambda piece: schedule.binomial(piece, c - len(kept) + 1))
+    free = c - len(kept) + 1
+    actions = schedule.resumed(kept, steps, lambda piece: schedule.binomial(piece, free))
     # the training is over already, so every step that is advanced now is an extra one
     return schedule.check(actions, steps, states=c, kept=kept).advanced
 
