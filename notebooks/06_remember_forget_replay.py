@@ -30,7 +30,7 @@
 # | trace | | what autograd keeps of one step so that it can be pulled back |
 # | adjoint of a step | `step_vjp` | takes the cotangent from $s_{t+1}$ to $s_t$; it needs $s_t$, and makes the step's trace |
 # | action, schedule | `Save(t)`, … | an item of a plan, and the plan: what to keep, what to recompute, and when |
-# | kept state | `Save(t)` … `Drop(t)` | a state that stays in memory; the literature says *checkpoint* |
+# | kept state | `Save(t)` … `Drop(t)` | a state that stays in memory, in a *slot*; the literature says *checkpoint* |
 # | extra steps | `cost(...).extra` | steps done in addition to those of the training |
 #
 # About thirty-five minutes, half a minute of them to run. Five cells are marked "your turn" in the
@@ -207,6 +207,7 @@ def replay(actions):
 
 
 # %%
+replay(keep_everything(2))  # at the first use PyTorch loads parts of itself: not on the clock
 start = time.perf_counter()
 reference = replay(keep_everything(120))
 seconds = {"keep everything": time.perf_counter() - start}
@@ -349,12 +350,13 @@ claim(
 # %% [markdown]
 # ## 5 · The optimum
 #
-# Is that the best one can do? Ask the question exactly. With room for $c$ states, the start among them, what is
-# the least number $A(T, c)$ of steps that must be advanced to reverse $T$ of them?
+# Is that the best one can do? Ask the question exactly. With $c$ **slots**, places in memory for one state each, of which the
+# start occupies one, what is the least number $A(T, c)$ of steps that must be advanced to reverse $T$ of them? (In this
+# chapter $c$ is a number of states.)
 #
 # A schedule begins by going to some $m$ and saving $s_m$. Then it has to reverse the $T - m$ steps to the right of $m$.
-# The start stays in memory meanwhile, so $c - 1$ states are left for them, $s_m$ among these. When they are done, $s_m$
-# is dropped, and the $m$ steps to the left have room for all $c$ states again:
+# The start keeps its slot meanwhile, so $c - 1$ slots are left for them, one of which holds $s_m$. When they are done, $s_m$
+# is dropped, and the $m$ steps to the left have all $c$ slots again:
 #
 # $$A(T, c) = \min_{0 < m < T}\; \bigl\{\, m + A(T - m,\, c - 1) + A(m,\, c) \,\bigr\}, \qquad A(1, c) = 0, \quad
 #   A(T, 1) = \tfrac{T(T-1)}{2}.$$
@@ -380,13 +382,13 @@ for c in (1, 2, 3, 5, 7, 10, 20, 100):
 # %% [markdown]
 # The last line is the training itself, 99 steps. Ten states already bring the total down to less than two and a
 # half times that. But trying every $m$ takes long for a long run, and it is not necessary. Griewank and Walther (2000,
-# *Revolve*) turned the question round: how *long* a run can be reversed? Let $L(c, r)$ be the largest number of steps
+# *Revolve*) turned the question round: how *long* a run can be reversed? Let the reach $R(c, r)$ be the largest number of steps
 # that $c$ states can reverse if no step is advanced through more than $r$ times. Cut such a run at $m$. The right
 # part has one state less. The left part has been advanced through once already, so it has one repetition less:
 #
-# $$L(c, r) = L(c - 1, r) + L(c, r - 1), \qquad L(0, r) = L(c, 0) = 1.$$
+# $$R(c, r) = R(c - 1, r) + R(c, r - 1), \qquad R(0, r) = R(c, 0) = 1.$$
 #
-# This is the rule of Pascal's triangle, so $L(c, r) = \binom{c + r}{c}$. The best cut gives each part its share of the
+# This is the rule of Pascal's triangle, so $R(c, r) = \binom{c + r}{c}$. The best cut gives each part its share of the
 # sum, and `schedule.binomial` cuts there.
 
 # %%
@@ -411,9 +413,9 @@ claim("binomial takes the fewest steps, for every T up to 60 and c up to 11", op
 # %% [markdown]
 # ## 6 · How the cost grows
 #
-# How many steps is that in all? At most $L(c, j)$ of the $T$ steps can do with $j$ passes or fewer. So at least
-# $T - L(c, j)$ steps are advanced through more than $j$ times, for each $j = 0, 1, \dots, r - 1$, where $r$ is the
-# smallest number with $L(c, r) \ge T$. A step that is advanced through $q$ times is counted for $q$ values of $j$, so
+# How many steps is that in all? At most $R(c, j)$ of the $T$ steps can do with $j$ passes or fewer. So at least
+# $T - R(c, j)$ steps are advanced through more than $j$ times, for each $j = 0, 1, \dots, r - 1$, where $r$ is the
+# smallest number with $R(c, r) \ge T$. A step that is advanced through $q$ times is counted for $q$ values of $j$, so
 # the sum over $j$ counts every advanced step once. The optimum attains it:
 #
 # $$A(T, c) = \sum_{j=0}^{r-1} \left[\, T - \binom{c+j}{c} \right] = r\,T - \binom{c + r}{c + 1}.$$
@@ -473,7 +475,7 @@ bottom.legend();
 
 # %% [markdown]
 # The upper panel is a run of ten thousand steps. With few states a tree takes up to half as many extra steps again as the
-# optimum, because its parts are equal. The left part of a cut is reversed when more places are free, so it ought to be
+# optimum, because its parts are equal. The left part of a cut is reversed when more slots are free, so it ought to be
 # longer than the right one. With 199 states there are only two levels, and then the tree, every $k$-th and the optimum
 # are nearly the same. The lower panel shows how the cost grows with the length of the run: with 32 states, each of
 # ten million steps costs fewer than six extra ones, and a run ten times as long costs only about one more for each
@@ -563,9 +565,9 @@ def count(actions, T):
 # **06.2** ●●○ (15 min) Write `split(T, c)`: a best $m$ to advance to first when $T \ge 2$ steps are to be reversed with $c \ge 2$
 # states, the start among them. It must be fast enough for $T = 10^6$, so do not try them all.
 #
-# <details><summary>Hint</summary>Find the smallest r with L(c, r) ≥ T. With the cut at m, the left part may have at most
-# L(c, r − 1) steps, and the right part at most L(c − 1, r). Neither part should be so short that it wastes a
-# repetition: the left one has at least L(c, r − 2) steps, the right one at least L(c − 1, r − 1). Any m within all four
+# <details><summary>Hint</summary>Find the smallest r with R(c, r) ≥ T. With the cut at m, the left part may have at most
+# R(c, r − 1) steps, and the right part at most R(c − 1, r). Neither part should be so short that it wastes a
+# repetition: the left one has at least R(c, r − 2) steps, the right one at least R(c − 1, r − 1). Any m within all four
 # bounds will do.</details>
 
 
@@ -613,7 +615,7 @@ def least_time(times, c):
 
 # %% [markdown]
 # **06.5** ●●● (30 min, without a checker) Suppose that nobody knows $T$ while the training runs. Write a generator for this *online*
-# case: it keeps states as the training goes on, and when the places are full, it drops some so that the others stay
+# case: it keeps states as the training goes on, and when the slots are full, it drops some so that the others stay
 # well spaced. Then reverse the run from what is kept, with `schedule.resumed`. How many more extra steps than the
 # optimum does it take?
 #

@@ -48,11 +48,11 @@ def count(actions, T):
 check("06.1", count)
 
 # %% [markdown]
-# **06.2** *A best split.* Let $r$ be the smallest number with $L(c, r) \ge T$. With the cut at $m$, the left part has $r - 1$ repetitions
-# left and $c$ states, the right part $r$ repetitions and $c - 1$ states. Both must be within their reach, so $m \le L(c, r
-# - 1)$ and $T - m \le L(c - 1, r)$. Neither may be so short that one repetition less would do for it, since the other part
-# would then pay for that: $m \ge L(c, r - 2)$ and $T - m \ge L(c - 1, r - 1)$. We take the largest $m$ that keeps the first and the
-# last of these bounds. The other two then hold as well, because $L(c, r-1) + L(c-1, r) = L(c, r) \ge T$.
+# **06.2** *A best split.* Let $r$ be the smallest number with $R(c, r) \ge T$. With the cut at $m$, the left part has $r - 1$ repetitions
+# left and $c$ states, the right part $r$ repetitions and $c - 1$ states. Both must be within their reach, so $m \le R(c, r
+# - 1)$ and $T - m \le R(c - 1, r)$. Neither may be so short that one repetition less would do for it, since the other part
+# would then pay for that: $m \ge R(c, r - 2)$ and $T - m \ge R(c - 1, r - 1)$. We take the largest $m$ that keeps the first and the
+# last of these bounds. The other two then hold as well, because $R(c, r) \ge T > R(c, r - 1)$.
 
 
 # %%
@@ -114,7 +114,7 @@ check("06.4", least_time)
 
 # %% [markdown]
 # **06.5** *Online: $T$ is not known.* Keep every $d$-th state, $d = 1$ at first. Whenever more than $c/2$ are kept, forget every other one
-# and double $d$. So between $c/4$ and $c/2$ evenly spaced states are there at any time, and the other places are free for the
+# and double $d$. So between $c/4$ and $c/2$ evenly spaced states are there at any time, and the other slots are free for the
 # way back. On the way back each piece of at most $d$ steps is reversed optimally. `resumed` takes the kept states and a policy for
 # the pieces.
 

@@ -54,7 +54,7 @@ def reverse(a, b, c, cut=split, drops=True, saves_start=False):
 
 
 def wastes(a, b, c):
-    """The left part is reversed as if the right one's place were still taken."""
+    """The left part is reversed as if the right one's slot were still taken."""
     if b - a > 1 and c > 1:
         m = a + split(b - a, c)
         yield Load(a)

@@ -159,7 +159,7 @@ def _judge_actions(cases: Cases, case: str, actions: list, T: int, c: int) -> No
     cases.true(
         case,
         took.advanced == advanced(T, c),
-        f"it advances {took.advanced:,} steps, and {advanced(T, c):,} are enough{more}, and are places "
+        f"it advances {took.advanced:,} steps, and {advanced(T, c):,} are enough{more}, and are slots "
         "that became free used again",
     )
 
