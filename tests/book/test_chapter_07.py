@@ -1,5 +1,6 @@
 """The checkers of chapter 07, capstone included, say what is wrong with what readers really write."""
 
+from itertools import count
 from math import comb
 
 import pytest
@@ -116,8 +117,8 @@ def test_the_capstone_can_be_solved():
 @pytest.mark.parametrize(
     "mistake, words",
     [
-        ("keeps all", ["right for", "30 steps with 4 states: the scores are right", "slots is 4"]),
-        ("one too many", ["the scores are right, but", "5 states are in memory at once, and slots is 4"]),
+        ("keeps all", ["right for", "20 steps with 3 states: the scores are right", "slots is 3"]),
+        ("one too many", ["the scores are right, but", "4 states are in memory at once, and slots is 3"]),
         ("halves", ["the scores are right, but run.losses is called", "calls are enough"]),
         ("wastes a place", ["the scores are right, but run.losses is called", "one more to the end"]),
         ("buffer not kept", ["momentum buffer was zero", "parameters and buffer"]),
@@ -261,7 +262,7 @@ def test_right_answers(number, answer):
         ("07.3", lambda x: x.sum().item(), ["asked for is an int"]),
         ("07.3", lambda x: round(x.double().sum().item() * 1e9), ["lowest bit", "rounded away"]),
         ("07.3", lambda x: hash(tuple(x.tolist())), ["sign of a zero", "as numbers"]),
-        ("07.3", lambda x: id(x), ["equal bits: the fingerprints differ"]),
+        ("07.3", lambda x, calls=count(): next(calls), ["equal bits: the fingerprints differ"]),
         ("07.3", lambda x: fingerprint(x[:500]), ["leaves the fingerprint as it was"]),
     ],
 )  # fmt: skip

@@ -161,8 +161,8 @@ CASES: tuple[tuple[str, dict, int], ...] = (
     ("two steps with momentum", {"steps": 2, "seed": 2}, 2),
     ("six steps, every state kept", {"steps": 6, "seed": 3}, 6),
     ("six steps with an example twice in a batch", {"steps": 6, "seed": 4, "twice": True}, 6),
-    ("30 steps with 4 states", {"steps": 30, "seed": 5}, 4),
-    ("16 steps with the start only", {"steps": 16, "seed": 6}, 1),
+    ("20 steps with 3 states", {"steps": 20, "seed": 5}, 3),
+    ("12 steps with the start only", {"steps": 12, "seed": 6}, 1),
     ("a run of one step", {"steps": 1, "seed": 7}, 1),
 )
 
@@ -189,7 +189,10 @@ def _judge(cases: Cases, case: str, answer: Any, run: SmallRun, slots: int) -> N
         cases.call(case, answer)
     got = cases.call(case, _explained(cases, case, watched))
     want, so_far = scores_of(run, states), cases._so_far()
-    cases.same(case, got, want, _suspects(run, states, want))
+    right = (
+        isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got.to(want), want, rtol=1e-7)
+    )
+    cases.same(case, got, want, {} if right else _suspects(run, states, want))
     kept = len(watch.kept)
     if not (torch.equal(watch.given.theta, run.theta) and torch.equal(watch.given.weights, run.weights)):
         why = "run.theta or run.weights was changed in place"
