@@ -223,6 +223,9 @@ def agrees(phi, gradient, w, epsilon=1e-5, tolerance=1e-5, directions=None, forw
     return True
 
 
+CALLS = count()
+
+
 def fixed(w, gradient):
     return torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
 
@@ -262,7 +265,7 @@ def test_right_answers(number, answer):
         ("07.3", lambda x: x.sum().item(), ["asked for is an int"]),
         ("07.3", lambda x: round(x.double().sum().item() * 1e9), ["lowest bit", "rounded away"]),
         ("07.3", lambda x: hash(tuple(x.tolist())), ["sign of a zero", "as numbers"]),
-        ("07.3", lambda x, calls=count(): next(calls), ["equal bits: the fingerprints differ"]),
+        ("07.3", lambda x: next(CALLS), ["equal bits: the fingerprints differ"]),
         ("07.3", lambda x: fingerprint(x[:500]), ["leaves the fingerprint as it was"]),
     ],
 )  # fmt: skip
