@@ -539,11 +539,8 @@ pd.DataFrame(table).T
 #
 # ## Exercises
 #
-# `check` runs your function on cases and says what is wrong. Solutions are in
+# Take the `#` from a cell's last line: `check` runs your function on cases and says what is wrong. Solutions are in
 # [solutions/06](solutions/06_remember_forget_replay.ipynb).
-
-# %%
-from magic.book import check
 
 # %% [markdown]
 # **06.1** ●○○ (10 min) Write `count(actions, T)`. It walks through a schedule for $T$ steps and returns two numbers: the
@@ -559,6 +556,7 @@ def count(actions, T):
     ...
 
 
+# from magic.book import check
 # check("06.1", count)
 
 # %% [markdown]

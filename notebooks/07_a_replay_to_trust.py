@@ -530,9 +530,6 @@ claim("a pull takes 6 − 4/8 forward passes", pull / forward == 6 - 4 / 8)
 #
 # Solutions are in [solutions/07](solutions/07_a_replay_to_trust.ipynb).
 
-# %%
-from magic.book import check
-
 # %% [markdown]
 # **07.1** ●○○ (10 min) A budget of `budget` bytes has to hold one trace, and states of `state` bytes each, $s_0$ among them. Write
 # `extra_steps(T, budget, state, trace)`: how many extra steps does the best schedule of chapter 06 take for a run of
@@ -548,6 +545,7 @@ def extra_steps(T, budget, state, trace):
     ...
 
 
+# from magic.book import check
 # check("07.1", extra_steps)
 
 # %% [markdown]

@@ -43,6 +43,7 @@ WINGS = ["identity", "kernels", "training", "engine", "evidence", "book"]
 LEAVES = [
     "book.plot", "book.data", "book.models", "book.checks", "book.fill_in", "book.exercises.judging",
     *(f"book.exercises.chapter_{chapter:02}" for chapter in range(17)),
+    "book.exercises.small_run", "book.exercises.capstone",
 ]  # fmt: skip
 OUTSIDE = [
     "__init__",
