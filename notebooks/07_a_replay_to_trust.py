@@ -154,9 +154,9 @@ print(said)
 # visited a few times, and those near the end of each piece again and again, and the schedule says in advance how often
 # (Stumm and Walther 2009, *MultiStage approaches for optimal offline checkpointing*).
 #
-# *Resuming.* Every ten seconds or so, and at most a fiftieth of the time, the replay notes how far it is: on the way down the
-# state, on the way back the cotangents and the scores found so far. Each file is written whole or not at all. We
-# build a run whose machine fails after 100 batches, and call `attribute` until it succeeds.
+# *Resuming.* Every ten seconds or so the replay notes how far it is: on the way down the state, on the way back the
+# cotangents and the scores found so far. (The notes take at most a fiftieth of the time.) Each file is written whole or
+# not at all. We build a run whose machine fails after 100 batches, and call `attribute` until it succeeds.
 
 
 # %%
