@@ -169,22 +169,22 @@ claim("share of the test images that the network reads right", accuracy, at_leas
 
 # %% [markdown]
 # The actions know nothing of networks, and chapter 04's `step_vjp` knows nothing of schedules. They meet in one
-# `match`. This is REPLAY:
+# `match` over the actions, which keeps three things: a dict of the kept states, empty at first; the current state, at
+# first `run.initial`; and the cotangent, `None` until the training has ended.
+#
+# - `Save`, `Load`, `Drop` and `Advance` do what section 1's table says. `run.step(state, weights)` does one step, and
+#   `state.step` is its $t$. The data weights are `run.weights()`.
+# - The first `Adjoint` meets the end of the training. `measure_vjp(run, state, measure)` makes the cotangent there, from the
+#   state *after* the step.
+# - Every `Adjoint` calls `step_vjp(run, state, cotangent, weights)`. It returns the cotangent before the step and the
+#   step's part of the scores, `(2, B)`, to be added to the columns `order[t]` of the scores with `index_add_`.
+#
+# This is REPLAY:
 
 
 # %% tags=["your-turn"]
 def replay(actions):
-    """Follow the actions and return the scores, (2, n).
-
-    Keep three things: a dict of the kept states, which starts empty; the current state, which
-    starts as run.initial; and the cotangent, which is None until the training has ended. The table
-    of section 1 says what to do at each action; run.step(state, weights), with weights =
-    run.weights(), does a step, and state.step is its t. At the first Adjoint,
-    measure_vjp(run, state, measure) makes the cotangent, from the state *after* the step. At each
-    Adjoint, step_vjp(run, state, cotangent, weights) returns the cotangent before the step and the
-    step's part of the scores, (2, B), to be added to the columns order[t] of a zero tensor
-    (2, run.n) with index_add_.
-    """
+    """Follow the actions, by the list above, and return the scores, (2, n)."""
     kept, state, cotangent = {}, run.initial, None
     weights, values = run.weights(), torch.zeros(2, run.n, device=device)
     for action in actions:

@@ -172,6 +172,7 @@ class Failing(magic.Run):
         return super().batch(t)
 
 
+# %%
 failing = Failing(model, optimizer, (x, y), loss, order)
 folder, read, resumed = tempfile.mkdtemp(), [], None
 while resumed is None:

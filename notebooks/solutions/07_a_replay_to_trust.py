@@ -109,6 +109,7 @@ def pull(run, state, t, cotangent):
     return (to_theta + curved, run.mu * to_gradient), part
 
 
+# %%
 def advance(run, state, a, b):
     for t in range(a, b):
         state = step(run, state, t)
