@@ -257,9 +257,9 @@ claim("of the ten most helpful images, the wrong gradient finds", len(ten & wron
 said = complaint(
     magic.ReplayMismatch, lambda: magic.attribute(run, measure, progress=False, memory="6MB")
 )
+x.copy_(original)
 claim("the first step with another loss stops the replay", "the total loss is" in said)
 claim("and the likely cause is named", "data, model or loss changed since" in said)
-x.copy_(original);
 
 # %% tags=["nbval-ignore-output"]
 print(said)
