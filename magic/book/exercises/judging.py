@@ -178,7 +178,7 @@ class Cases:
             raise Wrong(f"{self._so_far()}your function returned None for {case}. Is the `return` missing?")
         if not isinstance(got, (Tensor, float, int)):
             raise Wrong(f"{self._so_far()}for {case} came {type(got).__name__}, and asked for is {kind}.")
-        got = torch.as_tensor(got).detach().to(want)
+        got = torch.as_tensor(got, dtype=want.dtype).detach().to(want.device)
         if tuple(got.shape) != shape:
             raise Wrong(
                 f"{self._so_far()}for {case} the shape is {tuple(got.shape)}, and it should be {shape}."
