@@ -57,6 +57,8 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_static_path = ["_static", str(MATHJAX)]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+pygments_dark_style = "github-dark"  # Furo's own underlines what is imported
 html_copy_source = False
 html_show_copyright = html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}

@@ -39,7 +39,7 @@ def complete(app, docname, source):
     """Sphinx's event source-read: change the text of a page in place."""
     text = source[0]
     if app.env.doc2path(docname).suffix == ".ipynb":
-        text = json.dumps(notebook(json.loads(text), docname))
+        text = json.dumps(notebook(json.loads(text), docname, Path(app.srcdir)))
     elif docname == "index":
         text += contents(app.srcdir)
     elif docname == "running":
@@ -72,8 +72,8 @@ def contents(folder):
     return "".join(trees)
 
 
-def notebook(content, docname):
-    """The notebook with links to run it under its title, and without progress bars and widgets' states."""
+def notebook(content, docname, folder):
+    """The notebook with links under its title, and without progress bars and widgets' states."""
     content["metadata"].pop("widgets", None)
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
@@ -83,7 +83,7 @@ def notebook(content, docname):
     for cell in content["cells"]:
         title, line, rest = "".join(cell["source"]).partition("\n")
         if cell["cell_type"] == "markdown" and title.startswith("# "):
-            cell["source"] = f"{title}\n\n{run_links(docname)}\n{line}{rest}"
+            cell["source"] = f"{title}\n\n{links(docname, folder)}\n{line}{rest}"
             break
     return content
 
@@ -93,13 +93,21 @@ def is_bar(output):
     return WIDGET in data and "text/html" not in data and bool(BAR.search("".join(data.get("text/plain", ""))))
 
 
-def run_links(docname):
-    """What stands under a chapter's title: the notebook, how to run it, and where to run it in a browser."""
-    *folders, name = docname.split("/")
-    links = [f"{{download}}`Notebook <{name}.ipynb>`", f"[How to run it]({'../' * len(folders)}running.md)"]
+def links(docname, folder):
+    """What stands under a title: the notebook to take home, its other versions, and where to run it."""
+    name = docname.split("/")[-1]
+    up = "../" if docname != name else ""
+    found = [f"{{download}}`Notebook <{name}.ipynb>`"]
+    if (folder / "fill_in" / f"{name}.ipynb").exists() and not up:
+        found.append(f"{{download}}`To fill in <fill_in/{name}.ipynb>`")
+    if up:
+        found.append(f"[Chapter](../{name}.ipynb)")
+    elif (folder / "solutions" / f"{name}.ipynb").exists():
+        found.append(f"[Solutions](solutions/{name}.ipynb)")
+    found.append(f"[How to run it]({up}running.md)")
     if REPOSITORY:
-        links += [f"[{where}]({address})" for where, address in elsewhere(f"notebooks/{docname}.ipynb").items()]
-    return ":::{container} run-links\n" + " ".join(links) + "\n:::\n"
+        found += [f"[{where}]({address})" for where, address in elsewhere(f"notebooks/{docname}.ipynb").items()]
+    return ":::{container} run-links\n" + " ".join(found) + "\n:::\n"
 
 
 def elsewhere(path):

@@ -195,14 +195,15 @@ def test_a_notebook_loses_its_bars_and_gains_links(own, monkeypatch):
             {"cell_type": "markdown", "source": ["# 04 · One\n", "\n", "Text."]},
             {"cell_type": "code", "outputs": [dict(bar), {**explorer, "data": dict(explorer["data"])}]},
         ]}  # fmt: skip
-        return pages.notebook(content, "solutions/04_one")
+        return pages.notebook(content, "solutions/04_one", NOTEBOOKS)
 
     made = completed()
     assert made["metadata"] == {}
     assert [out["data"] for out in made["cells"][1]["outputs"]] == [{"text/html": "<p>who helped</p>"}]
     text = made["cells"][0]["source"]
     assert text.startswith("# 04 · One\n") and text.endswith("Text.")
-    assert "<04_one.ipynb>" in text and "(../running.md)" in text and "Colab" not in text
+    assert "<04_one.ipynb>" in text and "(../running.md)" in text and "(../04_one.ipynb)" in text
+    assert "Colab" not in text
 
     monkeypatch.setattr(pages, "REPOSITORY", "https://github.com/someone/book")
     monkeypatch.setattr(pages, "BRANCH", "main")
@@ -239,7 +240,8 @@ LOOK = """() => {
     });
     const broken = [...document.querySelectorAll('article pre')].filter(tag => {
         const style = getComputedStyle(tag);
-        return style.whiteSpace !== 'pre' || style.wordBreak === 'break-all' || style.overflowX === 'visible';
+        const wraps = tag.classList.contains('claims') ? 'pre-wrap' : 'pre';
+        return style.whiteSpace !== wraps || style.wordBreak === 'break-all' || style.overflowX === 'visible';
     });
     const images = [...document.querySelectorAll('article img')].filter(tag => !tag.naturalWidth);
     const name = tag => `${tag.tagName} ${tag.className} ${tag.textContent.slice(0, 40)}`;
