@@ -63,7 +63,7 @@ html_copy_source = False
 html_show_copyright = html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 copybutton_exclude = ".linenos, .gp, .go"
-copybutton_selector = ".cell_input pre, .highlight-sh pre, .highlight-python pre"
+copybutton_selector = ".cell_input pre, .highlight-sh pre, .highlight-python pre, .highlight-ipython3 pre"
 
 
 def setup(app):

@@ -29,9 +29,9 @@ def converted(lines):
         if all(line.startswith("    ") for line in block):
             out += ["::", "", *block]
         elif items := arguments(block):
-            out += [".. rst-class:: arguments", ""]
+            out += [".. container:: arguments", ""]
             for name, text in items:
-                out += [f"{code(name)}", f"    {inline(text)}"]
+                out += [f"    {code(name)}", f"        {inline(text)}"]
         else:
             out += [inline(line.strip()) for line in block]
         out.append("")

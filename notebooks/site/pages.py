@@ -20,7 +20,8 @@ PARTS = {
     "III · Does it predict?": ["08_*", "09_*", "10_*", "11_*", "12_*"],
     "IV · In the world": ["13_*", "14_*", "15_*", "16_*"],
     "Beside the chapters": [
-        "running*", "solutions.*", "claims*", "appendix*", "api*", "syllabus*", "instructor*", "contributing*",
+        "running.*", "solutions.*", "claims.*", "appendix*", "guide.*", "api.*", "syllabus.*", "instructor.*",
+        "contributing.*", "*",
     ],
 }  # fmt: skip
 WINGS = {
@@ -65,10 +66,12 @@ def toctree(documents, *options):
 
 def contents(folder):
     """The order of all pages, for the sidebar and for previous and next; nothing of it on the page."""
-    trees = []
+    trees, seen = [], {"index"}
     for caption, patterns in PARTS.items():
         documents = [document for pattern in patterns for document in found(folder, pattern)]
-        trees.append(toctree(documents, ":hidden:", f":caption: {caption}"))
+        new = [document for document in dict.fromkeys(documents) if document not in seen]
+        seen.update(new)
+        trees.append(toctree(new, ":hidden:", f":caption: {caption}"))
     return "".join(trees)
 
 

@@ -28,20 +28,32 @@ SITE = NOTEBOOKS / "site"
 CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 EXECUTED = CHAPTERS + sorted(NOTEBOOKS.glob("solutions/*.ipynb"))
 COMMAND = "sphinx-build -c notebooks/site notebooks build/site"
+# empty when the book is whole
+TO_COME = {
+    "02_training_is_a_function", "07_a_replay_to_trust", "12_how_far_does_a_tangent_reach", "syllabus",
+    "instructor", "appendix_costs",
+}  # fmt: skip
 WIDTHS = {"phone": (390, 844), "laptop": (1280, 800)}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site as the README's command makes it, elsewhere, and with every warning an error."""
+    """The site as the README's command makes it, elsewhere; a warning fails it."""
     place = tmp_path_factory.mktemp("site")
     arguments = COMMAND.replace("build/site", str(place / "html")).split()[1:]
-    options = ["-q", "-W", "--keep-going", "-d", str(place / "doctrees")]
+    options = ["-q", "-d", str(place / "doctrees")]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stderr.splitlines() if not expected(line)] == []
     return place / "html"
+
+
+def expected(warning: str) -> bool:
+    """A link to a page that is announced and not there yet."""
+    missing = {name for name in TO_COME if not list(NOTEBOOKS.glob(f"{name}.*"))}
+    return "target not found" in warning and any(name in warning for name in missing)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +160,7 @@ def test_the_api_is_the_public_surface(pages):
         there = f"module-{value.__name__}" if isinstance(value, type(magic)) else f"magic.{name}"
         assert there in ids, name
     assert not page.select(".system-message, .problematic")
-    terms = [dt.get_text() for dt in page.find(id="magic.attribute").parent.select("dl.arguments dt")]
+    terms = [dt.get_text() for dt in page.find(id="magic.attribute").parent.select(".arguments dt")]
     assert terms == ["measure", "at", "progress", "memory", "plan", "disk", "trust"]
 
 
@@ -173,10 +185,11 @@ def test_a_docstring_becomes_text(own):
     ]  # fmt: skip
     said = own[1].converted(text)
     assert "Words about :py:obj:`magic.lds` and ``x*``\\ s, \\|a\\| \\* b\\_." in said
-    assert said[said.index("``loss``") + 1] == "    one number for each"
-    assert said[said.index("``a``, ``b``") + 1] == "    two"
-    assert said[said.index("``long_name``") + 1] == "    below"
-    assert said[said.index("``optimise``") + 1] == "    said with one blank"
+    for name, what in [
+        ("``loss``", "one number for each"), ("``a``, ``b``", "two"), ("``long_name``", "below"),
+        ("``optimise``", "said with one blank"),
+    ]:  # fmt: skip
+        assert said[said.index(f"    {name}") + 1] == f"        {what}"
     assert said[said.index("::") + 2] == "    a   formula, b  c"
     assert said[-2:] == ["Raises ValueError.", ""]
 
@@ -217,7 +230,7 @@ def test_the_set_up_cell_fetches_what_it_says(tmp_path):
     """The lines for Colab, with this repository in the place of the published one, and without pip."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout")
-    (cell,) = re.findall(r"```python\n(.*?)```", (NOTEBOOKS / "running.md").read_text(), re.DOTALL)
+    (cell,) = re.findall(r"```ipython3\n(.*?)```", (NOTEBOOKS / "running.md").read_text(), re.DOTALL)
     there, fetch, inside = cell.strip().splitlines()
     assert there == "%cd /content"
     clone, install = fetch.removeprefix("!").split(" && ")
