@@ -46,14 +46,15 @@ def site(tmp_path_factory):
         [sys.executable, "-m", "sphinx", *options, *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stderr.splitlines() if not expected(line)] == []
+    warnings = [line for line in done.stderr.splitlines() if not ("not found" in line and to_come(line))]
+    assert warnings == []
     return place / "html"
 
 
-def expected(warning: str) -> bool:
-    """A link to a page that is announced and not there yet."""
+def to_come(text: str) -> bool:
+    """Does it name a page that is announced and not there yet?"""
     missing = {name for name in TO_COME if not list(NOTEBOOKS.glob(f"{name}.*"))}
-    return "target not found" in warning and any(name in warning for name in missing)
+    return any(name in text for name in missing)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def link_problems(site: Path, pages) -> list[str]:
 
 def test_links_lead_somewhere(site, pages):
     assert sum(len(page.select("article a[href]")) for page in pages.values()) > 100, "no links were seen"
-    assert link_problems(site.resolve(), pages) == []
+    assert [problem for problem in link_problems(site.resolve(), pages) if not to_come(problem)] == []
 
 
 def test_dead_links_are_found(tmp_path):
@@ -266,7 +267,7 @@ LOOK = """() => {
         'formulas are drawn': document.querySelectorAll('article .math').length
             <= document.querySelectorAll('article mjx-container').length,
         'formulas are right': !document.querySelector('mjx-merror, [data-mjx-error]'),
-        'there is a title': Boolean(document.querySelector('article h1, #searchbox, h1')?.offsetHeight),
+        'there is a title': Boolean(document.querySelector('article h1, #search-results')?.offsetParent),
     };
 }"""
 BACKGROUND = "() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
