@@ -8,3 +8,9 @@ addEventListener("DOMContentLoaded", () => {
   for (const cell of document.querySelectorAll(".table-wrapper td"))
     if (cell.textContent.length > 45) cell.classList.add("long");
 });
+
+// A figure shrinks to a phone's width as far as its small print can be read, and no further.
+addEventListener("load", () => {
+  for (const image of document.querySelectorAll(".cell_output > img"))
+    image.style.setProperty("--least", `${Math.round(0.55 * image.naturalWidth)}px`);
+});
