@@ -72,12 +72,12 @@ def printed(path: Path) -> list[str]:
 
 
 def test_every_source_is_a_page(pages):
-    sources = [p for p in NOTEBOOKS.rglob("*") if p.suffix in (".md", ".ipynb")]
+    sources = [p.relative_to(NOTEBOOKS) for p in NOTEBOOKS.rglob("*") if p.suffix in (".md", ".ipynb")]
     left_out = {"site", "fill_in", ".ipynb_checkpoints"}
-    names = [p.relative_to(NOTEBOOKS).with_suffix("") for p in sources if not left_out & set(p.parts)]
-    assert len(names) > 10 and set(map(str, names)) <= set(pages)
+    names = {p.with_suffix("").as_posix() for p in sources if not left_out & set(p.parts)}
+    assert len(names) > 10 and names <= set(pages)
     for name in names:
-        assert pages[str(name)].select("article h1"), f"{name} has no title"
+        assert pages[name].select("article h1"), f"{name} has no title"
 
 
 def test_pages_show_what_is_stored(pages):
@@ -88,7 +88,7 @@ def test_pages_show_what_is_stored(pages):
         assert all(line in text for line in claims), path.name
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         stored = [kind for cell in cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
-        assert len(page.select(".cell_output img")) == stored.count("image/png"), path.name
+        assert len(page.select(".cell_output > img")) == stored.count("image/png"), path.name
         folded = sum("hide-input" in cell["metadata"].get("tags", []) for cell in cells)
         assert len(page.select(".cell details.hide")) >= folded, path.name
         assert "it/s]" not in text, "a progress bar"
