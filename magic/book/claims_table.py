@@ -49,9 +49,9 @@ def parsed(line: str) -> Claim:
 
 
 def title(notebook: dict) -> str:
-    """The first heading."""
+    """The first heading of the first size; nothing where there is none."""
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    return re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+    return next(iter(re.findall(r"^# (.+)$", text, re.MULTILINE)), "")
 
 
 def written(notebooks: Path) -> str:

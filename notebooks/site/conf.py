@@ -60,7 +60,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 pygments_dark_style = "github-dark"  # Furo's own underlines what is imported
 html_copy_source = False
-html_show_search_summary = False  # it fetches pages, which browsers forbid to a page that was opened as a file
+html_show_search_summary = False  # it fetches pages, and browsers forbid that where a page is a file
 html_show_copyright = html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 copybutton_exclude = ".linenos, .gp, .go"

@@ -93,7 +93,8 @@ def notebook(content, docname, folder):
 
 def is_bar(output):
     data = output.get("data", {})
-    return WIDGET in data and "text/html" not in data and bool(BAR.search("".join(data.get("text/plain", ""))))
+    text = "".join(data.get("text/plain", ""))
+    return WIDGET in data and "text/html" not in data and bool(BAR.search(text))
 
 
 def links(docname, folder):
@@ -109,7 +110,8 @@ def links(docname, folder):
         found.append(f"[Solutions](solutions/{name}.ipynb)")
     found.append(f"[How to run it]({up}running.md)")
     if REPOSITORY:
-        found += [f"[{where}]({address})" for where, address in elsewhere(f"notebooks/{docname}.ipynb").items()]
+        there = elsewhere(f"notebooks/{docname}.ipynb")
+        found += [f"[{name}]({address})" for name, address in there.items()]
     return ":::{container} run-links\n" + " ".join(found) + "\n:::\n"
 
 
