@@ -32,13 +32,15 @@ WINGS = {
     "identity": "Identity: the same run, to the bit",
     "": "Which examples, and where",
 }
+# a chapter to fill in has no page: a link to it is a download
+TO_FILL_IN = re.compile(r"\]\(((?:\.\./)*fill_in/[^)\s]+\.ipynb)\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|.*\|")
 
 
 def complete(app, docname, source):
     """Sphinx's event source-read: change the text of a page in place."""
-    text = source[0]
+    text = TO_FILL_IN.sub(r"](path:\1)", source[0])
     if app.env.doc2path(docname).suffix == ".ipynb":
         text = json.dumps(notebook(json.loads(text), docname, Path(app.srcdir)))
     elif docname == "index":

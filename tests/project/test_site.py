@@ -227,6 +227,12 @@ def test_a_notebook_loses_its_bars_and_gains_links(own, monkeypatch):
     assert "(https://mybinder.org/v2/gh/someone/book/main?labpath=notebooks/solutions/04_one.ipynb)" in text
 
 
+def test_a_chapter_to_fill_in_is_a_download(own):
+    text = "[a](fill_in/04_one.ipynb), [b](../fill_in/04_one.ipynb), [c](04_one.ipynb)"
+    said = own[0].TO_FILL_IN.sub(r"](path:\1)", text)
+    assert said == "[a](path:fill_in/04_one.ipynb), [b](path:../fill_in/04_one.ipynb), [c](04_one.ipynb)"
+
+
 def test_the_set_up_cell_fetches_what_it_says(tmp_path):
     """The lines for Colab, with this repository in the place of the published one, and without pip."""
     if not (ROOT / ".git").exists():
