@@ -94,6 +94,7 @@ trained = run.model(run.train(progress=False))
 hardest = loss(trained, x_test, y_test).argmax().item()
 
 
+# %%
 def measure(model):
     logits = model(x_test[hardest : hardest + 1])
     label = y_test[hardest : hardest + 1]
