@@ -109,28 +109,29 @@ banks = {name: bank_of(run, name) for name, run in runs.items()}
 # $$ H d \approx \frac{\tau(1 + \epsilon d) - \tau(1 - \epsilon d)}{2\epsilon} . $$
 
 # %%
-run, scores, n, epsilon = runs["ours"], full["ours"], len(x), 0.02
-d = -torch.ones(n)
+n, epsilon = len(x), 0.02
 ahead, behind = (
-    magic.attribute(run, measure, at=1 + sign * epsilon * d[0].item(), progress=False).values
+    magic.attribute(runs["smooth"], measure, at=1 - sign * epsilon, progress=False).values
     for sign in (1, -1)
 )
-bent = magic.curvature(scores, order=2, progress=False)
-agree("H d", (ahead - behind) / (2 * epsilon), bent.values, tolerance=1e-4)
+bends = {name: magic.curvature(full[name], order=2, progress=False) for name in runs}
+agree("H d", (ahead - behind) / (2 * epsilon), bends["smooth"].values, tolerance=1e-3)
 
 # %% [markdown]
-# An independent witness: $d^\top H d$ is also the second difference of the *outputs* of three trainings, in which no derivative occurs.
+# An independent witness, for ours: $d^\top H d$ is also the second difference of the *outputs* of three trainings, in which no derivative occurs.
 
 # %%
-shown = 9  # of the ten outputs
+run, scores, bent, bank = runs["ours"], full["ours"], bends["ours"], banks["ours"]
 shares = torch.linspace(0, 0.6, 13)
-line = magic.outputs(run, measure, (1 - shares)[:, None].expand(-1, n), progress=False)
-above = magic.outputs(run, measure, torch.full((n,), 1.05))
+rows = (1 - shares)[:, None].expand(-1, n)
+line = magic.outputs(run, measure, rows, bank=bank, progress=False)
+above = magic.outputs(run, measure, torch.full((1, n), 1.05), bank=bank, progress=False)[0]
 differences = (above - 2 * line[0] + line[1]) / 0.05**2
 off = (differences - bent.second.cpu()).norm() / differences.norm()
-claim("dᵀHd from scores, and from three trainings: relative difference", off, at_most=0.05)
+claim("dᵀHd from scores, and from three trainings: relative difference", off, at_most=0.02)
 
 # %% tags=["nbval-ignore-output", "hide-input"]
+shown = 9  # of the ten outputs
 ax = plt.subplots(figsize=(5.2, 3.4))[1]
 first = (scores.outputs + shares[:, None].to(device) * bent.slope).cpu()[:, shown]
 second = torch.stack([bent.predict(s.item()) for s in shares]).cpu()[:, shown]
@@ -190,23 +191,29 @@ for drop in drops:
     rest = parts_of(judged(centred[drop], "ours", drop))[1]
     table[f"{drop:.0%}"] = {"level": level, "turn": scatter - rest, "among the sets": rest}
 table = pd.DataFrame(table)
-claim("at 20 %: the level alone, in units of the variance", table["20%"]["level"], at_least=0.05)
-claim("at 50 %", table["50%"]["level"], at_least=0.5)
+claim("at 20 %: the level alone, in units of the variance", table["20%"]["level"], at_least=0.25)
+claim("at 50 %", table["50%"]["level"], at_least=1.5)
+claim("at 50 %: what is curved among the sets", table["50%"]["among the sets"], at_most=0.2)
 
 # %% tags=["nbval-ignore-output"]
 table.round(3)
 
 # %% [markdown]
-# And the level can be told beforehand. At 20 %, for the ten outputs:
+# The last row is the smallest: nearly all of the tangent's error at 20 % and at 50 % is level and turn, which are properties of the line down to the centre. At 50 % the level alone is 2.7 times the variance of
+# the truth, and makes R² negative by itself.
+#
+# The level can be told beforehand, as $\tfrac12 p^2\, d^\top H d$. At 20 %, for the ten outputs:
 
 # %%
 missed = (results["ours", 0.2].true - results["ours", 0.2].predicted).double().mean(0)
 told = 0.5 * 0.2**2 * bent.second.double().cpu()
 match = torch.corrcoef(torch.stack([missed, told]))[0, 1]
 claim("level at 20 %, true against told: correlation over ten outputs", match, at_least=0.9)
-claim("and slope", (missed @ told) / (told @ told), at_least=1, at_most=2.5)
+claim("slope of true on told", (missed @ told) / (told @ told), at_least=1.3, at_most=2.2)
 
 # %% [markdown]
+# It tells which outputs are off, and by how much relative to each other. The true levels are some 1.8 times as large: the third derivative adds to them, and so does the mean of what is curved among the sets.
+#
 # ## 3 · A forecast
 #
 # Two replays have told us $Hd$, and with it how far the tangent can reach. Over sets of one size only the differences between scores count, so free $\tau$ and $\tau + pHd$ of their means first. Then the
@@ -218,10 +225,6 @@ claim("and slope", (missed @ told) / (told @ told), at_least=1, at_most=2.5)
 # Both leave out what is curved among the sets, and all third derivatives. They say what is to be expected *at best*.
 
 # %%
-bends = {
-    name: bent if name == "ours" else magic.curvature(full[name], order=2, progress=False)
-    for name in runs
-}
 forecasts = pd.DataFrame(
     [
         {
@@ -236,6 +239,8 @@ forecasts = pd.DataFrame(
 ).set_index(["training", "removed"])  # fmt: skip
 over = forecasts["correlation at best"] - forecasts["true correlation"]
 claim("forecast of the correlation less the truth, at its smallest", over.min(), at_least=0)
+over = forecasts["R² at best"] - forecasts["true R²"]
+claim("forecast of R² less the truth, at its smallest", over.min(), at_least=-0.1)
 ours = forecasts.loc["ours"]
 claim("ours, 20 %: R² at best", ours["R² at best"][0.2], at_most=0.7)
 claim("ours, 50 %: R² at best", ours["R² at best"][0.5], at_most=0)
@@ -255,14 +260,14 @@ for name, color in (("smooth", "black"), ("ours", plot.HELPFUL), ("rough", plot.
     axes[0].plot(drops, 1 - true["true correlation"], "o", color=color, label=f"{name}, true")
     axes[1].plot(drops, 1 - true["true R²"], "o", color=color)
 axes[1].axhline(1, color=plot.NEUTRAL, linewidth=1)
-axes[1].text(0.01, 1.15, "no better than the mean", fontsize=9, color="0.4")
+axes[1].text(0.01, 1.2, "R² = 0", fontsize=9, color="0.4")
 axes[0].set(yscale="log", xlabel="removed", ylabel="1 − correlation", title="Ranks")
 axes[1].set(yscale="log", xlabel="removed", ylabel="1 − R²", title="Sizes", ylim=(1e-3, 20))
 axes[0].legend(fontsize=9);
 
 # %% [markdown]
 # **Sizes.** The forecast of R² is useful. It says that ours cannot keep an R² of .5 beyond a quarter of the data, and that R² will be far below 0 at 50 %. The truth is worse still, but not by much: .33 at 20 %, where at best .68 was
-# allowed, and −2.4 at 50 %, where it was −1.6.
+# allowed, and −2.4 at 50 %, where it was −1.6. It is nearly an upper bound: in one of the nine cases, smooth at 50 %, the truth is higher by .02, at −7.07.
 #
 # **Ranks.** Here the forecast is an upper bound and nothing more. For half of the data it allows ours a correlation of .99, and the truth is .86.
 # One part of the difference is that two derivatives do not carry that far: the scores that were taken *at* the centre of 50 % correlate with those at 1 as .92 only. The other part is what is curved among the sets, of which
@@ -336,7 +341,7 @@ def meanings(name):
     by_size = run_with(rate=0.1, epochs=10, model=nets[name])
     by_sum = run_with(rate=0.1, epochs=10, model=nets[name], normalize="weights")
     ways = {"÷ B": (by_size, "weight"), "÷ Σw": (by_sum, "weight"), "row absent": (by_size, "rows")}
-    whole = magic.outputs(by_size, measure, torch.ones(n))
+    whole = magic.outputs(by_size, measure, torch.ones(n))  # nothing removed: the same for all
     found = {}
     for meaning, (run, how) in ways.items():
         bank = bank_of(run, f"{name}, {meaning}", how=how)
@@ -376,8 +381,9 @@ for meaning, normalize in (("÷ B", "batch"), ("÷ Σw", "weights")):
     for truth in ("÷ B", "row absent"):
         true = changes["no BatchNorm"][truth]
         asked[meaning, truth] = magic.Comparison(predicted, true, torch.zeros(10))
-claim("scores ÷ B, rows absent: R²", asked["÷ B", "row absent"].r2, at_most=2)
-claim("scores ÷ Σw, rows absent: R²", asked["÷ Σw", "row absent"].r2, at_least=-9)
+claim("scores ÷ B, rows absent: R²", asked["÷ B", "row absent"].r2, at_most=0.3)
+claim("scores ÷ Σw, rows absent: R²", asked["÷ Σw", "row absent"].r2, at_least=0.95)
+claim("scores ÷ B, rows absent: LDS", asked["÷ B", "row absent"].spearman, at_least=0.97)
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame(
@@ -388,6 +394,8 @@ pd.DataFrame(
 ).T
 
 # %% [markdown]
+# The ranks hardly notice the difference. The sizes are useless if the question was another one.
+#
 # What to use? `normalize="weights"` for "had these rows not been there", `normalize="batch"` for "had they taught nothing", and `how="rows"` to retrain a network with BatchNorm in earnest.
 #
 # ## 6 · Not only removing
@@ -399,7 +407,7 @@ single = subsets.permutations(n, count=1, seed=5)[0][:12].tolist()
 doubled = torch.ones(12, n)
 doubled[range(12), single] = 2.0
 twice = magic.compare(scores, doubled, bank=banks["ours"], progress=False)
-claim("twelve examples doubled, one at a time: LDS", twice.spearman, at_least=0.95)
+claim("twelve examples doubled, one at a time: LDS", twice.spearman, at_least=0.97)
 
 # %% [markdown]
 # To predict what *adding* an example does, let it be in the run from the start with weight 0, and take the derivative there. Twelve candidates are twelve training images with a wrong label:
@@ -419,7 +427,7 @@ before = magic.attribute(extended, measure, at=now.to(device), progress=False)
 added = now.repeat(candidates, 1)
 added[range(candidates), range(stay, stay + candidates)] = 1.0
 wrong = magic.compare(before, added, progress=False, jobs=1)
-claim("twelve wrong labels added, one at a time: LDS", wrong.spearman, at_least=0.9)
+claim("twelve wrong labels added, one at a time: LDS", wrong.spearman, at_least=0.97)
 
 # %% [markdown]
 # And a label is *changed* by taking one copy away and adding another. That is one example removed and one added, so the prediction is the sum of two scores:
@@ -429,11 +437,11 @@ kept = [i for i, example in enumerate(single) if example < stay]
 relabelled = added[kept]
 relabelled[range(len(kept)), [single[i] for i in kept]] = 0.0
 changed = magic.compare(before, relabelled, progress=False, jobs=1)
-claim("the same images relabelled: LDS", changed.spearman, at_least=0.9)
-claim("and R²", changed.r2, at_least=-9)
+claim("the same images relabelled: LDS", changed.spearman, at_least=0.97)
+claim("and R²", changed.r2, at_least=0.9)
 
 # %% [markdown]
-# A single wrong label is a larger change than a single missing image, because its gradient is large. Ranks survive that; ZZZ
+# A wrong label is a larger change than a missing image, because its gradient is large. For single examples the tangent carries that far, in rank and in size.
 #
 # ## What we claim
 #
