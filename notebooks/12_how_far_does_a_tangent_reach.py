@@ -16,10 +16,10 @@
 #
 # **Question.** For how large a change of the data does a derivative still speak?
 #
-# A derivative speaks of infinitely small changes. We have used it for removing 1 % of the data, and 20 %, and 50 %, and it was right at first and then wrong. When it is
-# wrong, there are two ways: the order of the predictions may be wrong, or only their size. This chapter takes one more derivative to tell how far a prediction can
-# reach *before* anything is retrained, and shows where that forecast fails, too. Then it asks two questions that come before all predictions: what exactly do we mean
-# by "removed", and what else than removing can be predicted?
+# A derivative speaks of infinitely small changes. We have used it for removing 1 % of the data, 20 %, and 50 %; it was right at first, and then it was wrong. It can be wrong in two
+# ways: in the order of its predictions, or only in their size. This chapter takes one more derivative to tell how far a prediction can
+# reach *before* anything is retrained, and shows where that forecast fails. Then it asks what exactly we mean
+# by "removed", and what else a derivative in the weights can predict.
 #
 # | word | in code | meaning |
 # |---|---|---|
@@ -103,8 +103,8 @@ banks = {name: bank_of(run, name) for name, run in runs.items()}
 #
 # $$ \varphi(1 + s\,d) \approx \varphi(1) + s\; \tau\cdot d , $$
 #
-# and the next term of the series is $\tfrac12 s^2\, d^\top H d$. The matrix $H$ has 1,440,000 entries for each output, and nobody will compute it. But we only need its product with *one* direction, which is
-# the rate at which the scores themselves change along it, and scores we can have anywhere. Two replays give it, by a central difference of exact derivatives:
+# and the next term of the series is $\tfrac12 s^2\, d^\top H d$. The matrix $H$ has 1,440,000 entries for each output, and nobody will compute it. We only need its product with *one* direction. That is
+# the rate at which the scores change along it, and we can take scores at any weights. So two replays give it, by a central difference of exact derivatives:
 #
 # $$ H d \approx \frac{\tau(1 + \epsilon d) - \tau(1 - \epsilon d)}{2\epsilon} . $$
 
@@ -146,8 +146,8 @@ ax.legend(fontsize=9);
 #
 # ## 2 · Three errors of a tangent
 #
-# Now remove random sets with a fraction $p$ of the data. Their weights are $w = 1 + p\,d + D$: a step of length $p$ down the line of section 1, and then a deviation $D$ with mean 0, different for each set. Put this
-# into the series:
+# Now remove random sets with a fraction $p$ of the data. Their weights are $w = 1 + p\,d + D$: a step of length $p$ along the line of section 1, to the centre, and then a deviation $D$ with mean 0, different for each
+# set. To second order:
 #
 # $$ \varphi(w) \approx \underbrace{\varphi(1) + \tau\cdot(p\,d + D)}_{\text{the tangent}}
 # \;+\; \underbrace{\tfrac12 p^2\, d^\top H d}_{\text{level}}
@@ -162,8 +162,8 @@ ax.legend(fontsize=9);
 # | turn | by now the slope is $\tau + pHd$, longer than $\tau$ and in another direction | yes | by its direction | has it: its slope is that one |
 # | among the sets | curvature in $D$ | yes | yes | lacks it, as every linear prediction does |
 #
-# So a tangent loses its sizes before it loses its ranks. How large are the parts? The level is the mean error over the sets. What the tangent's errors scatter about it contains the turn and the
-# rest; what the centre's errors scatter is the rest alone. All in units of the variance of the truth:
+# So a tangent loses its sizes before it loses its ranks. How large are the parts? The level is the mean of the tangent's errors over the sets. The variance of those errors is due to the turn and to what is curved
+# among the sets; the variance of the *centre's* errors is due to the latter alone. In units of the variance of the truth:
 
 # %%
 drops = [0.05, 0.2, 0.5]
@@ -216,8 +216,8 @@ claim("slope of true on told", (missed @ told) / (told @ told), at_least=1.3, at
 #
 # ## 3 · A forecast
 #
-# Two replays have told us $Hd$, and with it how far the tangent can reach. Over sets of one size only the differences between scores count, so free $\tau$ and $\tau + pHd$ of their means first. Then the
-# tangent ranks the sets by one vector, and the truth, up to what is curved among the sets, by the other. Their correlation is a cosine, and for the sizes the level comes in as well:
+# Two replays have given us $Hd$, and with it a bound on how far the tangent can reach. Over sets of one size only the differences between scores count, so subtract from $\tau$ and from $\tau + pHd$ their means first. The
+# tangent ranks the sets by the first vector. The truth, but for what is curved among the sets, ranks them by the second. The correlation of the two is a cosine. For R² the level counts as well:
 #
 # $$ \rho(p) \le \cos(\tau,\ \tau + pHd), \qquad
 # R^2(p) \lesssim 1 - \frac{\big(\tfrac12 p^2\, d^\top H d\big)^2 + \kappa\,\lVert pHd\rVert^2}{\kappa\,\lVert \tau + pHd\rVert^2}, \qquad \kappa = p(1-p)\tfrac n{n-1} . $$
@@ -273,7 +273,7 @@ axes[0].legend(fontsize=9);
 # One part of the difference is that two derivatives do not carry that far: the scores that were taken *at* the centre of 50 % correlate with those at 1 as .92 only. The other part is what is curved among the sets, of which
 # the forecast knows nothing. In the rough training that is nearly everything: the tangent hardly turns, the forecast is excellent at every size, and the ranks are poor from the start.
 #
-# So the forecast can warn against a tangent, and it cannot vouch for one. The package says so with the scores:
+# So the forecast can warn against a tangent, and it cannot vouch for one. `magic.curvature` adds it to the health of the scores, in these words:
 
 # %% tags=["nbval-ignore-output"]
 scores.health
@@ -286,8 +286,8 @@ claim("how the scores at 1 correlate with those at the centre of 50 %", turned[2
 # %% [markdown]
 # ## 4 · Would a second-order prediction be better?
 #
-# Suppose an oracle told us the whole of $v^\top H v$ for each set, with $v = w - 1$ the way to it. (It is the second difference of three trainings, two more than the retraining that we want to
-# save.) Then we could predict to second order, among the sets and all:
+# Suppose an oracle told us the whole of $v^\top H v$ for each set, with $v = w - 1$. (It is a second difference of trainings on the way to the set and beyond 1, which costs two trainings where the truth costs one.) Then we
+# could predict to second order, and nothing of that order would be left out:
 
 # %%
 h, kinds = 0.25, ("tangent at 1", "to second order", "tangent at the centre")
@@ -314,16 +314,16 @@ claim("50 %, tangent at the centre: R²", oracle.loc["tangent at the centre", "5
 oracle.round(2)
 
 # %% [markdown]
-# At 5 % and at 20 % it would. At 50 % even the oracle's parabola has left the curve, as in the figure of section 1, and the tangent at the centre, which costs one replay, is far better. A series around the
-# wrong point is not mended by its next term.
+# At 5 % it would be better than anything linear, and at 20 % as good as the centre. At 50 % even the oracle's parabola has left the curve, as in the figure of section 1, and the tangent at the centre, which costs one
+# replay, is far better. A series about a point that is too far away does not get better by its next term.
 #
 # ## 5 · What does "removed" mean?
 #
-# Everything so far was asked of one definition: the example's weight is 0, and the batch's loss is still divided by the batch size $B$. Removing then also makes the step
-# shorter. There are others:
+# So far, "removed" meant that the example's weight is 0 while the batch's loss is still divided by the batch size $B$. Removing then also makes the step
+# shorter. There are other meanings:
 #
-# - **÷ B**: weight 0, $\sum w_i\ell_i/B$. The example has taught nothing, and nobody else has taught more. This is the paper's.
-# - **÷ Σw**: weight 0, $\sum w_i\ell_i/\sum w_i$. The others share the whole step among them.
+# - **÷ B**: weight 0, $\sum w_i\ell_i/B$. The example teaches nothing, and the others teach no more than before. This is the paper's meaning.
+# - **÷ Σw**: weight 0, $\sum w_i\ell_i/\sum w_i$. The other examples share the whole step.
 # - **row absent**: the example is not in its batch, and the loss is the mean over those that are.
 #
 # The last two are the same for a network that treats each example by itself. With BatchNorm they are not: a row of weight 0 still moves the batch's mean and variance.
@@ -370,7 +370,7 @@ claim("÷ B from the absent row, no BatchNorm", apart("no BatchNorm", "÷ B"), a
 # $$ \div B:\quad \frac{\bar g\cdot\nabla\ell_i}{B} \qquad\qquad \div \Sigma w:\quad \frac{\bar g\cdot(\nabla\ell_i - \hat g)}{\sum_j w_j} . $$
 #
 # Under $\div\Sigma w$ an example counts only as far as its gradient *differs* from the mean of its batch. Under $\div B$ it also gets its share of what the step as a whole has done. So the two derivatives answer two
-# questions, and each has to be compared with its own truth:
+# questions. Compare each with the truth of either:
 
 # %%
 asked = {}
@@ -400,7 +400,7 @@ pd.DataFrame(
 #
 # ## 6 · Not only removing
 #
-# The scores know nothing of removal. They are derivatives in a weight, and weights can go up, too. Weight 2 is an example twice:
+# Scores are not about removal in particular. They are derivatives in a weight, and a weight can go up, too. Weight 2 stands for an example that occurs twice:
 
 # %%
 single = subsets.permutations(n, count=1, seed=5)[0][:12].tolist()
@@ -410,7 +410,7 @@ twice = magic.compare(scores, doubled, bank=banks["ours"], progress=False)
 claim("twelve examples doubled, one at a time: LDS", twice.spearman, at_least=0.97)
 
 # %% [markdown]
-# To predict what *adding* an example does, let it be in the run from the start with weight 0, and take the derivative there. Twelve candidates are twelve training images with a wrong label:
+# To predict what *adding* an example does, put it into the run with weight 0, and take the derivative there. Our candidates are twelve of the training images, with a wrong label:
 
 # %%
 stay, candidates = 1000, 12
@@ -430,7 +430,7 @@ wrong = magic.compare(before, added, progress=False, jobs=1)
 claim("twelve wrong labels added, one at a time: LDS", wrong.spearman, at_least=0.97)
 
 # %% [markdown]
-# And a label is *changed* by taking one copy away and adding another. That is one example removed and one added, so the prediction is the sum of two scores:
+# A label is *changed* by removing the image with one label and adding it with another, so the prediction is a difference of two scores:
 
 # %%
 kept = [i for i, example in enumerate(single) if example < stay]
@@ -453,10 +453,10 @@ claim("and R²", changed.r2, at_least=0.9)
 #
 # ## What we ignored
 #
-# - **The trace of $H$.** The curvature among the sets also has a mean, $\tfrac12\kappa\,(\operatorname{tr} H - \tfrac1n 1^\top H 1)$, which belongs to the level. Our forecast leaves it out.
+# - **The trace of $H$.** What is curved among the sets also has a mean, $\tfrac12\kappa\,(\operatorname{tr} H - \tfrac1n 1^\top H 1)$, which belongs to the level. Our forecast leaves it out.
 # - **A replaced row.** One could give the place of a removed example to another one, drawn at random. The answer then depends on two examples and on a draw.
 # - **Sets that were chosen.** For the most helpful images the direction of the removal is special, and so is the curvature along it. See exercise 4.
-# - **BatchNorm's statistics as part of the answer.** There is no weight that takes a row out of them.
+# - **Weights inside BatchNorm.** One could weight the statistics of a batch as well. Then weight 0 and an absent row would be the same again.
 # - **Weights below 0.** The difference for $Hd$ uses weights slightly above 1 and below. For an example of weight 0 it would need negative ones, which mean ascent on its loss.
 #
 # ## Exercises
