@@ -179,6 +179,7 @@ def judged(scores, name, drop, sets=60):
 results = {(name, drop): judged(full[name], name, drop) for name in runs for drop in drops}
 
 
+# %%
 def parts_of(result):
     """Level and scatter of the errors, over the variance of the truth; a mean over outputs."""
     errors, variance = (result.true - result.predicted).double(), result.true.double().var(0)

@@ -111,14 +111,21 @@ told = {
     "second order": (along.slope + 0.5 * along.second)[k].item(),
     "true": true,
 }
-claim("first order, over the true change", told["first order"] / true, at_most=0.8)
-claim("second order, over the true change", told["second order"] / true, at_least=0.5)
+claim("first order, over the true change", told["first order"] / true, at_most=0.3)
+claim(
+    "second order, over the true change",
+    told["second order"] / true,
+    at_least=0.3,
+    at_most=0.6,
+)
 
 # %% tags=["nbval-ignore-output"]
 pd.Series(told).round(4)
 
 # %% [markdown]
-# ZZZ
+# The forty most helpful images of this test image raise its loss almost six times as much as their scores say. All of them help in the same way, so each of them is missed more when the others are gone, too: the
+# curvature along *this* direction is large and positive. The second order finds less than half of the true change. The third and all further derivatives along it are positive, too, so
+# the series comes too slowly.
 #
 # ## 12.5 · Half of the examples doubled
 #
@@ -127,17 +134,18 @@ pd.Series(told).round(4)
 
 # %%
 bent = magic.curvature(scores, order=2, progress=False)
-doubled = 2 - subsets.random(len(x), drop=0.5, subsets=6, seed=2)
+doubled = 2 - subsets.random(len(x), drop=0.5, subsets=5, seed=2)
 true = magic.outputs(run, measure, doubled, progress=False, jobs=1)
 errors = (true - scores.predict(doubled).cpu()).double()
 level = 0.5 * 0.5**2 * bent.second.double().cpu()
 claim("share of the outputs with a positive level, told", (level > 0).double().mean(), at_least=0.9)
 claim("and measured", (errors.mean(0) > 0).double().mean(), at_least=0.9)
 match = torch.corrcoef(torch.stack([errors.mean(0), level]))[0, 1]
-claim("levels, true against told: correlation over ten outputs", match, at_least=0.9)
+claim("levels, true against told: correlation over ten outputs", match, at_least=0.7)
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame({"told": level, "true": errors.mean(0)}).round(4)
 
 # %% [markdown]
-# ZZZ2
+# The sign is right and the outputs are told apart, but the levels come out smaller than told, by some 40 %. For removing they came out larger. That is the third derivative, whose term changes its sign with $p$: each
+# further example adds less.

@@ -83,31 +83,31 @@ def normalised_scores(answer) -> None:
 @exercise("12.3", "the removed fraction at which the level alone makes R² zero")
 def where_r2_is_zero(answer) -> None:
     cases = Cases({}, tolerance=1e-3)
-    for case, second, slope in (
+    for case, a, t in (
         ("a mild curvature", 1.0, 0.5),
         ("a strong curvature", 30.0, 0.5),
         ("a concave function, whose second derivative is negative", -12.0, 0.8),
     ):
-        want = _zero(lambda p, a=second, t=slope: 0.25 * p**3 * a**2 - (1 - p) * t**2)
-        got = cases.call(case, answer, second, slope)
+        want = _zero(a, t)
+        got = cases.call(case, answer, a, t)
         suspects = {
-            "the level is taken without its factor ½": _zero(
-                lambda p, a=second, t=slope: p**3 * a**2 - (1 - p) * t**2
-            ),
-            "the level is not squared": _zero(lambda p, a=second, t=slope: 0.5 * p * abs(a) - (1 - p) * t**2),
-            "the variance of the sets is taken as p, not p(1 − p)": _zero(
-                lambda p, a=second, t=slope: 0.25 * p**3 * a**2 - t**2
-            ),
+            "the level is taken without its factor ½": _zero(2 * a, t),
+            "the level is not squared": _zero(a, t, squared=False),
+            "the variance of the sets is taken as p, not p(1 − p)": _zero(a, t, fixed=True),
         }
         if isinstance(got, (int, float)) and not 0 <= got <= 1:
             raise Wrong(f"wrong for {case}: a fraction is between 0 and 1, and this is {got:.3g}.")
         cases.same(case, got, want, suspects)
 
 
-def _zero(rising: Callable[[float], float]) -> Tensor:
-    """Where a rising function of a fraction is 0, by bisection; 1 if it never is."""
+def _zero(second: float, slope: float, squared: bool = True, fixed: bool = False) -> Tensor:
+    """The p at which the level's square, ¼ p³ second², is (1 − p)·slope², both divided by p; by bisection.
+
+    squared, fixed   whether the level is squared, and whether the 1 − p is left out
+    """
     low, high = 0.0, 1.0
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+        p = (low + high) / 2
+        level = 0.25 * p**3 * second**2 if squared else 0.5 * p * abs(second)
+        low, high = (low, p) if level > (1 if fixed else 1 - p) * slope**2 else (p, high)
     return torch.tensor(high, dtype=torch.float64)
