@@ -449,7 +449,7 @@ pd.DataFrame(
 torch.manual_seed(0)
 net = models.ConvNet(width=8, size=x.shape[-1], norm="batch").to(device)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-order = magic.batches(len(x), size=100, epochs=6, seed=0)
+order = magic.batches(len(x), size=100, epochs=12, seed=0)
 schedule = models.triangle(optimizer, len(order))
 deep = magic.Run(net, optimizer, (x, y), loss, order, scheduler=schedule)
 
