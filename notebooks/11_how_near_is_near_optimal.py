@@ -88,7 +88,7 @@ runs = {
 full = {name: magic.attribute(run, measure, progress=False) for name, run in runs.items()}
 
 # %% [markdown]
-# The truth comes from some 1,400 retrainings, kept in a bank that is shipped with the chapter (as in [chapter 10](10_is_it_right.ipynb)).
+# The truth comes from some 1,500 retrainings, kept in a bank that is shipped with the chapter (as in [chapter 10](10_is_it_right.ipynb)).
 
 # %%
 shipped, folder = Path("banks/11_how_near_is_near_optimal.sqlite"), Path(tempfile.mkdtemp())

@@ -213,7 +213,7 @@ claim("level at 20 %, true against told: correlation over ten outputs", match, a
 claim("slope of true on told", (missed @ told) / (told @ told), at_least=1.3, at_most=2.2)
 
 # %% [markdown]
-# It tells which outputs are off, and by how much relative to each other. The true levels are some 1.8 times as large: the third derivative adds to them, and so does the mean of what is curved among the sets.
+# It tells which outputs are off, and by how much relative to each other. The true levels are some 1.8 times as large. The rest comes from higher derivatives, and from the mean of what is curved among the sets.
 #
 # ## 3 · A forecast
 #
@@ -315,7 +315,7 @@ claim("50 %, tangent at the centre: R²", oracle.loc["tangent at the centre", "5
 oracle.round(2)
 
 # %% [markdown]
-# At 5 % it would be better than anything linear, and at 20 % as good as the centre. At 50 % even the oracle's parabola has left the curve, as in the figure of section 1, and the tangent at the centre, which costs one
+# At 5 % it would be better than the tangent at the centre, and at 20 % about as good. At 50 % even the oracle's parabola has left the curve, as in the figure of section 1, and the tangent at the centre, which costs one
 # replay, is far better. A series about a point that is too far away does not get better by its next term.
 #
 # ## 5 · What does "removed" mean?

@@ -123,9 +123,9 @@ claim(
 pd.Series(told).round(4)
 
 # %% [markdown]
-# The forty most helpful images of this test image raise its loss almost six times as much as their scores say. All of them help in the same way, so each of them is missed more when the others are gone, too: the
-# curvature along *this* direction is large and positive. The second order finds less than half of the true change. The third and all further derivatives along it are positive, too, so
-# the series comes too slowly.
+# The forty most helpful images of this test image raise its loss almost six times as much as their scores say. The
+# curvature along *this* direction is large and positive: each of them is missed more when the others are gone, too. Still, the second order finds less than half of the true change. The rest is in
+# the third and higher derivatives, and a series that needs so many terms is no way to predict.
 #
 # ## 12.5 · Half of the examples doubled
 #
