@@ -40,8 +40,9 @@ class Health(Table):
 
     sizes      (t, K norms of ∂φ/∂params_t), last step first
     verified   how many recomputed states were compared with training's
-    trusted    the share of the data beyond which the tangent's turning spoils its ranking of random removals,
-               as `magic.curvature` found it; None if it was not asked
+    trusted    the largest share of the data whose random removal the scores may still rank, by the forecast
+               of `magic.curvature`; None if it was not asked. An upper bound: the ranking may fail before
+    sized      the same for sizes: the largest share up to which R² may be at least one half
     witnessed  step -> relative difference between the derivative of the step and a finite difference of
                it; None where none was steady. The measure's is under the key T
     """
@@ -51,6 +52,7 @@ class Health(Table):
     verified: int
     witnessed: dict[int, float | None]
     trusted: float | None = None
+    sized: float | None = None
 
     def note(self) -> dict:
         """What JSON can keep of it; `of` reads it."""
@@ -61,8 +63,9 @@ class Health(Table):
         """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
         sizes = tuple((int(t), tuple(map(float, row))) for t, row in note["sizes"])
         witnessed = {int(t): None if d is None else float(d) for t, d in note["witnessed"]}
-        trusted = None if note["trusted"] is None else float(note["trusted"])
-        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, trusted)
+        shares = (note["trusted"], note.get("sized"))  # older files have no `sized`
+        reach = (None if share is None else float(share) for share in shares)
+        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, *reach)
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -122,6 +125,16 @@ class Health(Table):
                 )
         return found
 
+    @property
+    def _reach(self) -> list[tuple[str, str]]:
+        """How large a random removal may be for its rank and for its size, as far as a forecast can say."""
+        reaches = (("may rank removals", self.trusted), ("may size removals", self.sized))
+        return [
+            (what, f"at best up to {share:.1%} of the data, by a forecast; only retraining can confirm it")
+            for what, share in reaches
+            if share is not None
+        ]
+
     def _where(self, t: int) -> str:
         return "the measure" if t == self.steps else f"step {t}"
 
@@ -137,17 +150,18 @@ class Health(Table):
                 if swept
                 else "not measured",
             ),
-            ("states compared", f"{self.verified:,} recomputed states had training's bits"),
+            (
+                "states compared",
+                f"{self.verified:,} recomputed states had training's bits"
+                if self.verified
+                else "none: no state that training noted was computed a second time",
+            ),
             (
                 "derivatives compared",
                 f"{len(known)} with finite differences"
                 + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
             ),
-            *(
-                []
-                if self.trusted is None
-                else [("not to be trusted for removals", f"beyond {self.trusted:.1%}")]
-            ),
+            *self._reach,
             ("problems", "; ".join(self.problems) or "none seen"),
         ]
 

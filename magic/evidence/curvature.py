@@ -6,11 +6,22 @@ by central differences of exact metagradients, whose error is O(ε²), or with `
 O(ε⁴). Along d = −1, all examples leaving together, it tells what a random drop of a share p meets: the
 scores there are about τ + p·H d. So the tangent at w = 1 can rank as well as the two correlate, and is
 off by ½ p² dᵀH d on average. That is known before anything is retrained.
+
+Over random sets with a share p removed, w = 1 + p·d + D, the second-order expansion of f has four parts:
+
+    f(1) + τ·(p·d + D)      the tangent at 1
+    ½ p² dᵀH d              a level, the same for all sets: it spoils sizes, and no ranking
+    p·(H d)·D               a turn of the slope: it spoils rankings, too
+    ½ DᵀH D                 what is curved among the sets: no linear predictor has it, and it is unknown
+
+So the two forecasts, `correlation` and `r2`, leave the last part out and are upper bounds in that sense.
+R² fails long before the ranking does: the level alone is enough to spoil it.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +37,7 @@ from ..show import Table
 STEP = {torch.float32: 0.02, torch.float64: 1e-6}
 UNSTEADY = 0.1  # differences over ε and 2ε that differ by more than this share of themselves are warned of
 TRUSTED = 0.95  # the correlation down to which a ranking is trusted
+SIZED = 0.5  # the R² down to which sizes are
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,28 +79,60 @@ class Curvature(Table):
         """
         return self.scores.cosine(self.scores.like(self.scores.values + drop * self.values))
 
+    def r2(self, drop: float) -> Tensor:
+        """(K,): the R² of the tangent's prediction over random sets, to this order.
+
+        drop   the share of the data that the sets leave out
+
+        A level that is the same for all sets and a turn of the slope count as errors, against the variance of
+        outputs that are linear in w about the centre of the sets. What is curved among them comes on top.
+        """
+        n = self.values.shape[1]
+        spread = drop * (1 - drop) * n / (n - 1)
+        slope, turn = (_about_mean(x) for x in (self.scores.values + drop * self.values, drop * self.values))
+        level = 0.5 * drop**2 * self.second.double()
+        return 1 - (level.square() + spread * turn.square().sum(1)) / (spread * slope.square().sum(1))
+
     def trusted(self, correlation: float = TRUSTED) -> float:
         """The largest share, up to one half, below which the tangent's turning allows this correlation.
 
         The correlation is the mean over targets. Beyond the share no ranking is to be expected; before it,
         none is promised.
         """
-        shares = np.linspace(0, 0.5, 101)
-        good = [self.correlation(share).mean().item() >= correlation for share in shares]
-        return float(shares[good.index(False) - 1]) if False in good else 0.5
+        return _reach(self.correlation, correlation)
+
+    def sized(self, r2: float = SIZED) -> float:
+        """The largest share, up to one half, below which the forecast of R², a mean over targets, is this."""
+        return _reach(self.r2, r2)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The table: how the correlation falls with the share that is removed."""
+        """The table: how correlation and R² fall with the share that is removed."""
         K, n = self.values.shape
         shown = (0.01, 0.05, 0.2, 0.5)
+        falls = ((self.correlation, ".3f"), (self.r2, ".2f"))
+        ranks, sizes = (
+            ", ".join(f"{format(forecast(p).mean().item(), spec)} at {p:.0%}" for p in shown)
+            for forecast, spec in falls
+        )
         return [
             ("targets, examples", f"{K:,}, {n:,}"),
-            (
-                "correlation, at most",
-                ", ".join(f"{self.correlation(p).mean():.3f} at {p:.0%}" for p in shown),
-            ),
-            (f"at least {TRUSTED:g}", f"up to {self.trusted():.1%} removed"),
+            ("correlation, at most", ranks),
+            ("R², at most", sizes),
+            (f"correlation at least {TRUSTED:g}", f"at best up to {self.trusted():.1%} removed"),
+            (f"R² at least {SIZED:g}", f"at best up to {self.sized():.1%} removed"),
         ]
+
+
+def _about_mean(x: Tensor) -> Tensor:
+    """(K, n): each row less its mean, which no choice between sets of one size depends on."""
+    return x.double() - x.double().mean(1, keepdim=True)
+
+
+def _reach(forecast: Callable[[float], Tensor], bound: float) -> float:
+    """The largest share, up to one half, below which the mean of a forecast stays at or above a bound."""
+    shares = np.linspace(0, 0.5, 101)
+    good = [forecast(share).mean().item() >= bound for share in shares[1:]]
+    return float(shares[good.index(False)]) if False in good else 0.5
 
 
 def curvature(
@@ -111,8 +155,8 @@ def curvature(
     kinks as narrow as its eps) or 1e-8; in float32 to about a hundredth.
 
     What is found out about scores is kept with them, so that they are shown and saved with it: along the
-    default direction `scores.health` is replaced by one that knows beyond which share the turning alone
-    spoils the ranking, and has a problem to report if that is less than 5 %.
+    default direction `scores.health` is replaced by one that knows beyond which shares the forecasts spoil
+    ranking and sizes, and has a problem to report if a ranking is not to be had of 5 %.
 
     Raises ValueError for scores that are means over several points, or without a run.
     """
@@ -147,5 +191,5 @@ def curvature(
         values = (4 * values - wider) / 3
     found = Curvature(scores, direction, values)
     if down and scores.health is not None:
-        scores.health = replace(scores.health, trusted=found.trusted())
+        scores.health = replace(scores.health, trusted=found.trusted(), sized=found.sized())
     return found

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import magic
+from magic.evidence.curvature import Curvature
 from tests.support import cases
 from tests.support.unroll import unroll
 
@@ -70,16 +71,63 @@ def test_to_second_order_is_nearer_than_to_first():
 
 def test_health_is_told():
     scores = attributed("sgd")
-    assert scores.health.trusted is None
+    assert scores.health.trusted is None and scores.health.sized is None
     bent = magic.curvature(scores, progress=False)
     assert scores.health.trusted == bent.trusted() > 0
     assert bent.correlation(0.0) == pytest.approx([1.0] * 3)
     assert (bent.correlation(0.01) > bent.correlation(0.3)).all()
-    assert "correlation, at most" in repr(bent) and "trusted for removals" in repr(scores.health)
+    assert scores.health.sized == bent.sized() > 0
+    assert "correlation, at most" in repr(bent) and "R², at most" in repr(bent)
+    assert "may rank removals" in repr(scores.health) and "may size removals" in repr(scores.health)
+    assert "at best" in repr(scores.health) and "not to be trusted" not in repr(scores.health)
     turning = dataclasses.replace(bent, values=1e3 * bent.values)
     assert turning.trusted() == 0.0
     health = dataclasses.replace(scores.health, trusted=0.0)
     assert not health.ok and "turns so fast" in health.problems[-1]
+
+
+def test_sizes_fail_before_ranks():
+    """R² is told, too, and it falls below the correlation's square: a level spoils it, and no ranking."""
+    bent = magic.curvature(attributed("sgd-momentum"), progress=False)
+    bent = dataclasses.replace(bent, values=20 * bent.values)
+    correlation, r2 = (forecast(0.3).mean().item() for forecast in (bent.correlation, bent.r2))
+    assert r2 < correlation**2 < 1
+    assert bent.r2(0.01) == pytest.approx(torch.ones(3), abs=0.2)
+    assert 0 < bent.sized(r2=0.9) < bent.sized(r2=0.1) < 0.5
+
+
+def test_r2_of_a_quadratic_function():
+    """The forecast is right where nothing is curved among the sets: f = τ·w + ½ a (1·w − n)²."""
+    n, drop, bend = 200, 0.2, 0.05
+    g = torch.Generator().manual_seed(0)
+    slope = torch.randn(1, n, generator=g, dtype=torch.float64)
+    ones = torch.ones(n, dtype=torch.float64)
+    scores = magic.Attribution(slope, slope.sum(1), ones)
+    direction, turn = -ones, torch.randn(1, n, generator=g, dtype=torch.float64)
+    bent = Curvature(scores, direction, -bend * n * ones[None] + 0.3 * turn)
+    sets = magic.subsets.random(n, drop, 4000).double()
+    moved = sets - 1
+    level = 0.5 * drop**2 * bent.second
+    true = scores.predict(sets) + level + drop * (moved + drop) @ bent.values.T
+    found = magic.Comparison(scores.predict(sets), true, scores.outputs)
+    assert bent.r2(drop).item() == pytest.approx(found.r2.mean, rel=0.05)
+    assert found.r2.mean < 0 < 0.9 < found.pearson.mean <= bent.correlation(drop).item() + 0.01
+
+
+def test_an_older_health_is_read():
+    health = dataclasses.replace(attributed("sgd").health, trusted=0.3, sized=0.1)
+    assert type(health).of(health.note()) == health
+    older = {name: value for name, value in health.note().items() if name != "sized"}
+    assert type(health).of(older) == dataclasses.replace(health, sized=None)
+
+
+def test_health_says_why_nothing_was_compared():
+    health = attributed("sgd").health
+    assert "recomputed states had" in repr(dataclasses.replace(health, verified=3))
+    said = repr(dataclasses.replace(health, verified=0))
+    assert (
+        "none: no state that training noted was computed a second time" in said and "0 recomputed" not in said
+    )
 
 
 def test_refusals():
