@@ -108,7 +108,7 @@ def cotangent_sizes(health, targets: int | Sequence[int] | None = None, ax=None)
     """‖∂φ_k/∂params_t‖ along the run, a line for each target; returns the axes.
 
     `health` is `Attribution.health`; `targets` are those to show, None for all. Orange are those that
-    sweep so many powers of ten that `health` speaks against them.
+    range over so many powers of ten that `health` speaks against them.
     """
     plt, _ = _libraries()
     steps = [t for t, _ in health.sizes]
@@ -126,6 +126,6 @@ def cotangent_sizes(health, targets: int | Sequence[int] | None = None, ax=None)
     ax.set(yscale="log", xlim=(0, health.steps), xlabel="training step t", ylabel="‖∂φ/∂params‖ at s_t")
     swept = [health.decades[k] for k in chosen]
     ax.set_title(
-        f"{len(swept)} target{'s' * (len(swept) > 1)}; the widest sweeps {max(swept):.1f} powers of ten"
+        f"{len(swept)} target{'s' * (len(swept) > 1)}; the widest ranges over {max(swept):.1f} powers of ten"
     )
     return ax

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..show import Table
 
 DECADES = (
-    6.0  # powers of ten that a cotangent may sweep without a warning; float32 carries about seven digits
+    6.0  # powers of ten that a cotangent may range over without a warning; float32 carries about seven digits
 )
 SMALL = 0.05  # the share of the data that a tangent should at least be able to rank removals of
 SURE = 0.1  # a finite difference is sharp enough to judge by if its doubt is a tenth of the slope, or less
@@ -75,13 +75,13 @@ class Health(Table):
 
     @property
     def wide(self) -> list[int]:
-        """The targets whose cotangent sweeps more than `DECADES` powers of ten."""
+        """The targets whose cotangent ranges over more than `DECADES` powers of ten."""
         return [k for k, d in enumerate(self.decades) if d > DECADES]
 
     @property
     def problems(self) -> list[str]:
         """What speaks against these scores, in sentences; empty if nothing does."""
-        found = self._swept
+        found = self._ranges
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
@@ -100,9 +100,9 @@ class Health(Table):
         return True if self.verified or any(d is not None for d in self.witnessed.values()) else None
 
     def warn(self) -> None:
-        """Warn of a cotangent that sweeps many decades; what could not be checked has been warned of."""
+        """Warn of a cotangent that ranges over many decades; what could not be checked has been warned of."""
         if self.wide:
-            warnings.warn("; ".join(self._swept), stacklevel=4)
+            warnings.warn("; ".join(self._ranges), stacklevel=4)
 
     def plot(self, targets: int | Sequence[int] | None = None, ax=None):
         """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
@@ -111,17 +111,17 @@ class Health(Table):
         return cotangent_sizes(self, targets, ax)
 
     @property
-    def _swept(self) -> list[str]:
+    def _ranges(self) -> list[str]:
         """What it means that cotangents grow by many decades on the way back, or that they shrink."""
         found = []
         for grows, meaning in ((True, GROWS), (False, SHRINKS)):
             these = [k for k in self.wide if (self.sizes[-1][1][k] > self.sizes[0][1][k]) == grows]
             if these:
                 worst = max(self.decades[k] for k in these)
-                sweep = "vanishes" if math.isinf(worst) else f"sweeps {worst:.0f} powers of ten"
+                wide = "vanishes" if math.isinf(worst) else f"ranges over {worst:.0f} powers of ten"
                 found.append(
                     f"the derivative of {len(these)} of {len(self.decades)} targets, the first {these[0]}, "
-                    f"{sweep} along the run, {meaning}"
+                    f"{wide} along the run, {meaning}"
                 )
         return found
 
@@ -142,12 +142,12 @@ class Health(Table):
         """A table: what was looked at, and what was seen."""
         known = [(t, d) for t, d in self.witnessed.items() if d is not None]
         worst = max(known, key=lambda pair: pair[1], default=None)
-        swept = self.decades
+        ranges = self.decades
         return [
             (
-                "cotangent sweeps",
-                f"{min(swept):.1f} … {max(swept):.1f} powers of ten along the run"
-                if swept
+                "range of the cotangent",
+                f"{min(ranges):.1f} … {max(ranges):.1f} powers of ten along the run"
+                if ranges
                 else "not measured",
             ),
             (

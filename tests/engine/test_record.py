@@ -217,7 +217,7 @@ def test_a_derivative_that_sweeps_many_decades_warns():
 
     run = magic.Run(model, optimizer, (x, y), squares, cases.order())
     with pytest.warns(
-        UserWarning, match=r"sweeps \d+ powers of ten .*growing on the way back.*likely to fail"
+        UserWarning, match=r"ranges over \d+ powers of ten .*growing on the way back.*likely to fail"
     ):
         scores = magic.attribute(run, lambda m: squares(m, x[:2], y[:2]), progress=False)
     assert not scores.health.ok and min(scores.health.decades) > 6

@@ -182,7 +182,9 @@ CALLS = {
     "evidence.comparison.spearman": lambda folder: compared().per_target,
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
     "evidence.ekfac.ekfac": lambda folder: estimated(magic.baselines.ekfac),
-    "evidence.explorer._drawn": lambda folder: magic.explore(scored(), None, torch.rand(3, 4, 4))._repr_html_(),
+    "evidence.explorer._drawn": lambda folder: magic.explore(
+        scored(), None, torch.rand(3, 4, 4)
+    )._repr_html_(),
     "evidence.explorer_widgets.__init__": lambda folder: magic.explore(scored()).live(),
     "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
     "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
