@@ -156,6 +156,10 @@ def scored():
     return magic.Attribution(values, outputs, run.weights(), run, measure)
 
 
+def shown(images):
+    return magic.explore(scored(), None, images)._repr_html_()
+
+
 def first(run):
     return tuple(x[:3] for x in run.data)
 
@@ -182,9 +186,7 @@ CALLS = {
     "evidence.comparison.spearman": lambda folder: compared().per_target,
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
     "evidence.ekfac.ekfac": lambda folder: estimated(magic.baselines.ekfac),
-    "evidence.explorer._drawn": lambda folder: magic.explore(
-        scored(), None, torch.rand(3, 4, 4)
-    )._repr_html_(),
+    "evidence.explorer._drawn": lambda folder: shown(torch.rand(3, 4, 4)),
     "evidence.explorer_widgets.__init__": lambda folder: magic.explore(scored()).live(),
     "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
     "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
@@ -337,7 +339,7 @@ def test_figure_of_the_cotangents():
     steady, wide = ax.lines[1], ax.lines[0]
     assert list(wide.get_xdata()) == [8, 4, 0] and list(wide.get_ydata()) == [1.0, 1e-2, 1e-7]
     assert to_hex(wide.get_color()) == plot.HARMFUL and to_hex(steady.get_color()) == plot.HELPFUL
-    assert "2 targets; the widest sweeps 7.0" in ax.get_title() and ax.get_yscale() == "log"
+    assert "2 targets; the widest ranges over 7.0" in ax.get_title() and ax.get_yscale() == "log"
     assert len(health.plot(1).lines) == 1 and "1 target;" in health.plot(targets=[1]).get_title()
     with pytest.raises(ValueError, match="there are 2 targets, 0 … 1"):
         health.plot(2)
