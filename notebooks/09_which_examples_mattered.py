@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 import magic
-from magic import subsets
+from magic import smoothness, subsets
 from magic.book import data, models, plot
 from magic.book.checks import claim
 
@@ -86,16 +86,17 @@ except RuntimeError:  # neither on this machine nor to be downloaded
 #
 # - **No kinks:** GELU instead of ReLU, averages instead of maxima, normalisation before the activation. That is in
 #   `models.ResNet9`.
-# - **A small effective rate:** plain SGD, since momentum .9 at the same rate would make the steps ten times as long. The logits
-#   keep their size, `scale=1`, so that small steps of the weights suffice.
+# - **Momentum, at a small rate.** Plain SGD with the same effective rate, $\eta/(1-\mu)$ = .05, would be nearer to its edge
+#   of stability. We tried: it reads 79 % right, with a metasmoothness of .85 and an LDS of .86 [.72, .92] over 30 sets of 1 %
+#   (measured once, outside of this notebook). With momentum .9 you will see what it is below.
 # - **A rate that rises for a quarter of the run and then falls to zero,** so that the last steps settle and do not
 #   throw the weights about.
 
 # %%
-width, size, epochs = (8, 100, 8) if small else (64, 500, 12)
+width, size, epochs, rate = (8, 100, 8, 0.005) if small else (64, 500, 12, 0.02)
 torch.manual_seed(0)
 model = models.ResNet9(x.shape[1], len(classes), width=width, scale=1.0).to(device)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05 if small else 0.02)
+optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 batches = magic.batches(len(x), size=size, epochs=epochs, seed=0)
 triangle = models.triangle(optimizer, len(batches))  # up for a quarter of the run, then down to 0
 
@@ -112,7 +113,10 @@ trained = run.model(final).eval()
 with torch.no_grad():
     said = trained(x_test).softmax(1)
 right = said.argmax(1) == y_test
-claim("share of test images that are read right", right.double().mean().item(), at_least=0.77)
+claim("share of test images that are read right", right.double().mean(), at_least=0.75)
+way = smoothness.directions(len(x), drop=0.01, count=1)[0]
+alarm = smoothness.metasmoothness(run, way, start=final)
+claim("metasmoothness along one direction", alarm, at_least=0.98)
 
 # %% [markdown]
 # ## 2 · Five test images
@@ -158,18 +162,19 @@ for k, i in enumerate(asked):
 plot.images(torch.stack(pictures), titles, columns=7, colors=colors);
 
 # %% [markdown]
-# For most of the five, help comes mainly from images with the same label. Not for test image 7: it is read right with
-# certainty, and what teaches the network about it is hardly ever another pair of trousers. Harm comes from look-alikes;
-# and where the network is wrong, many of the most harmful images carry the label that it fell for.
+# Where the network is right, about half of the twenty best helpers share the test image's label, five times as many as by
+# chance; where it is wrong, few do. Harm comes from look-alikes. The first of the two wrong ones is read as an ankle boot with
+# certainty, and almost half of its twenty worst harmers are ankle boots. The second is read wrong without any certainty, and its
+# harmers have no label in common.
 
 # %%
 order = scores.values.argsort(dim=1)
 helpers, harmers = y[order[:, :20]], y[order[:, -20:]]
 same = (helpers == y_test[asked][:, None]).double().mean(dim=1)
-fallen_for = (harmers[3:] == said[wrong].argmax(1)[:, None]).double().mean()
-claim("the lead's image: helpers with its label, of 20 (.1 by chance)", same[2], at_least=0.5)
-claim("test image 7: helpers with its label, of 20", same[0], at_most=0.2)
-claim("where wrong: harmers with the label it fell for, of 20", fallen_for, at_least=0.3)
+fallen_for = (harmers[3] == said[asked[3]].argmax()).double().mean()
+claim("read right: helpers with its label (.1 by chance)", same[:3].mean(), at_least=0.4)
+claim("read wrong: helpers with its label", same[3:].mean(), at_most=0.3)
+claim("the first wrong one: harmers with the label it fell for", fallen_for, at_least=0.35)
 
 # %% [markdown]
 # ## 3 · Number 42, and images that matter
@@ -207,34 +212,37 @@ for (j, k), a, b in zip(pairs, told, came, strict=True):
     print(f"{j:>7}   test image {asked[k]:>3}   {scores.outputs[k]:>6.3f}   {a:>22.4f} {b:>12.4f}")
 
 # %% [markdown]
-# **So, had we removed training image 42, would the loss on test image 7 have gone up?** No. It would have gone down,
-# from .0400 to .0392; the prediction was .0393. Image 42 does test image 7 a little harm. It
-# matters ten times as much to another of the five, test image 2, which it helps.
+# **So, had we removed training image 42, would the loss on test image 7 have gone up?** No. It would have gone down, by
+# .0003 of .034, as predicted: image 42 harms test image 7, by next to nothing. Among the five it matters
+# most to test image 116, whose loss would rise by .011, out of 4.5. An image picked by its number rarely matters to an
+# image picked by its number.
 #
-# The images that matter most change a loss by a tenth or more. Test image 687 is read right by a hair, and
-# without the one training image that helps it most, its loss rises by .12, as much as the one that harms it most
-# takes away. All eleven signs are as predicted, which happens by chance once in 2,048 times. The sizes are right to
-# about an eighth, except for the two that were chosen for test image 7, whose changes are small.
+# Images picked by their scores do. Test image 858 is read right by a lead of a tenth of a percent. Without the one
+# training image that helps it most, its loss rises by .13; without the one that harms it most, it falls by .17. All eleven
+# signs are as predicted, which happens once in 2,048 times by chance, and the sizes are right to a tenth for most,
+# to a third for all.
 
 # %%
-claim("pairs whose sign is as predicted, of 11", (told.sign() == came.sign()).sum(), at_least=11)
-claim("largest change by a single image", came.abs().max(), at_least=0.1)
-ratio = came[3:] / told[3:]
-claim("true over predicted, beyond test image 7: least", ratio.min(), at_least=0.85)
-claim("true over predicted, beyond test image 7: most", ratio.max(), at_most=1.25)
+ratio = came / told
+claim("pairs whose sign is as predicted, of 11", (ratio > 0).sum(), at_least=11)
+claim("largest change by a single image", came.abs().max(), at_least=0.15)
+claim("true over predicted, the least of 11", ratio.min(), at_least=0.8)
+claim("true over predicted, the largest of 11", ratio.max(), at_most=1.45)
+claim("test image 7 without training image 42: change of its loss", came[0], at_most=-0.0002)
 
 # %% [markdown]
 # ## 4 · Random sets
 #
-# The effects of the members of a set add up, to first order. Over 40 random sets of 1 %, 20 images each, how well do the
+# The effects of the members of a set add up, to first order. Over 30 random sets of 1 %, 20 images each, how well do the
 # predicted losses rank the true ones? That is the LDS: Spearman's rank correlation for each test image, and its
 # mean over the five.
 
 # %%
-SUBSETS = 40 if small else 12
+SUBSETS = 30 if small else 12
 result = magic.lds(scores, drop=0.01, subsets=SUBSETS, bank=bank, progress=False)
 claim("LDS over the five test images", result.spearman, at_least=0.95)
-claim("R² of the prediction", result.r2, at_least=R2)
+claim("R² of the prediction", result.r2, at_least=0.93)
+claim("slope, true on predicted", result.slope, at_least=0.93, at_most=1.1)
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.8))
@@ -286,77 +294,73 @@ axes[2].set(xlabel="training images removed", xticks=counts)
 axes[1].legend(fontsize=9);
 
 # %%
-sizes = []
 for k, (told, true) in enumerate(attacks):
     usual = torch.cat([at_random, alike[k]])[:, k].abs().max()
-    claim(f"test {asked[k]}: sets that raise its loss, of 4", (true[:, k] > 0).sum(), at_least=4)
-    claim(f"test {asked[k]}: 40 helpers over the largest control", true[3, k] / usual, at_least=1.2)
-    sizes.append(true[3, k] / told[3, k])
-claim(f"test {asked[0]}: 40 helpers, true over predicted", sizes[0], at_least=0.05, at_most=0.4)
-claim(f"test {asked[1]}: 40 helpers, true over predicted", sizes[1], at_least=1.8, at_most=2.4)
-claim(f"test {asked[2]}: 40 helpers, true over predicted", sizes[2], at_least=0.95, at_most=1.25)
+    name = f"test {asked[k]}: 40 helpers"
+    claim(f"{name}, true over the largest of the controls", true[3, k] / usual, at_least=8)
+    claim(f"{name}, true over predicted", true[3, k] / told[3, k], at_least=1.15, at_most=1.75)
+too_little = sum((true > told)[:, k].sum() for k, (told, true) in enumerate(attacks))
+claim("sets of which the prediction says too little, of 12", too_little, at_least=12)
 
 # %% [markdown]
-# All twelve predictions have the right sign, and in all three cases 40 helpers do more than any control. But look at the sizes.
-# For the image with the smallest lead the prediction holds to a tenth. For test image 2 it says .76, and the truth is 1.56,
-# twice as much. For test image 7 it says .10, and the truth is .02, a fifth. Over random sets
-# the same scores had a rank correlation of LDS. What is different?
+# The predictions see the damage coming: they have the right sign and the right order, and no control comes near. But they say too
+# little, each of the twelve, and the more so the larger the set. For 40 helpers the truth is 1.2 to 1.6 times
+# the prediction. Over random sets the slope of true on predicted changes is 1.0. What is different?
 #
-# ### Why chosen sets are harder
+# ### Why the tangent says too little
 #
-# A prediction adds up the effects of the members, each *as if the others stayed*. Over a random set, whatever the members do to
-# each other averages out. But images that were chosen because they help the same test image
-# are related, and they do the same thing to each other, all of them. Two measurements show it. First, we remove each of
-# the ten best helpers alone, add up the ten true changes, and compare them with what happens when all ten go.
+# Images that help the same test image are alike. While all of them are there, each is nearly superfluous, since the others
+# teach the same. That is the situation at $w=1$, where the derivative is taken, and the prediction adds up forty
+# such small effects *as if the other thirty-nine stayed*. They do not stay. When they go together, nobody teaches it any more.
+#
+# Two measurements show it, for test image 858. First, we remove each of its ten best helpers alone and add up the ten true
+# changes. Then we remove the ten together.
 
 # %%
-for k in (0, 1):
-    single = removals(subsets.single(len(x), order[k, :10].tolist()))[1][:, k].sum()
-    told, together = (part[1, k] for part in attacks[k])
-    name = f"test {asked[k]}: ten helpers"
-    claim(f"{name}, each alone, over the prediction", single / told, at_least=0.7, at_most=1.15)
-    low, high = ((0, 0.35), (1.4, 2))[k]
-    claim(f"{name}, together, over each alone", together / single, at_least=low, at_most=high)
+k = 2
+alone = removals(subsets.single(len(x), order[k, :10].tolist()))[1][:, k].sum()
+told, together = (part[1, k] for part in attacks[k])
+claim("ten helpers, each alone: true over predicted", alone / told, at_least=1, at_most=1.2)
+claim("ten helpers together: true over each alone", together / alone, at_least=1.2)
 
 # %% [markdown]
-# Alone, each does nearly what its score says, for both test images. What the scores do not contain is what happens when they go together.
+# Alone, the ten do what their scores say, and 8 % more. Together they do a third more than that: the excess appears only when
+# they go together.
 #
-# For test image 2 that is *redundancy*. Nine of the ten are T-shirts, as it is. While all are there, each is nearly
-# superfluous, since the others teach the same; when they go together, nobody teaches it any more. For test image 7 it is the
-# opposite. Its helpers are T-shirts and shirts, which teach the network what trousers are not. The best of them goes and
-# the loss rises by .0055; all ten go, and it rises by .0059. For this we have no explanation as simple as redundancy.
-#
-# Second, we turn the weight of all forty down from 1 to 0, slowly. The derivative is the slope at 1, and there it is right. But the
-# slope changes on the way: it grows for test image 2, and dwindles at once for test image 7.
+# Second, we turn the weight of all forty down from 1 to 0, slowly. The derivative is the slope at 1, and there it is right. But
+# the slope grows on the way, as fewer and fewer are left to teach the same.
 
 # %%
+forty = 1 - subsets.top(scores.values[k], [40])[0]
 lengths = torch.tensor([0.25, 0.5, 0.75, 1.0])
-bends = []
-for k in (0, 1):
-    forty = 1 - subsets.top(scores.values[k], [40])[0]
-    bends.append([part[:, k] for part in removals(1 - lengths[:, None] * forty)])
-quarters = torch.cat([torch.zeros(1), bends[1][1]]).diff()
-claim("test 2: the last quarter of the way over the first", quarters[3] / quarters[0], at_least=2)
+told, true = (part[:, k] for part in removals(1 - lengths[:, None] * forty))
+quarters = torch.cat([torch.zeros(1), true]).diff()
+claim("change in each later quarter over the first", quarters[1:].min() / quarters[0], at_least=1.2)
 
 # %% tags=["nbval-ignore-output", "hide-input"]
-figure, axes = plt.subplots(2, 1, figsize=(5.6, 6), sharex=True)
-for k, (ax, (told, true)) in enumerate(zip(axes, bends, strict=True)):
-    ax.plot([1, *(1 - lengths)], [0, *true], "o-", color=plot.HELPFUL, label="true")
-    ax.plot([1, *(1 - lengths)], [0, *told], "--", color=plot.HARMFUL, label="tangent at 1")
-    ax.set(ylabel="change of the loss", title=f"test image {asked[k]}")
-axes[0].invert_xaxis(), axes[0].legend()
-axes[1].set_xlabel("weight of the forty helpers");
+figure, ax = plt.subplots(figsize=(5.6, 3.8))
+ax.plot([1, *(1 - lengths)], [0, *true], "o-", color=plot.HELPFUL, label="true")
+ax.plot([1, *(1 - lengths)], [0, *told], "--", color=plot.HARMFUL, label="tangent at 1")
+ax.set(xlabel="weight of the forty helpers", ylabel="change of the loss",
+       title=f"test image {asked[k]}")  # fmt: skip
+ax.invert_xaxis()
+ax.legend();
 
 # %% [markdown]
-# So for a set that was *chosen* by its scores, trust the sign and not the size. What helps is to take the derivative
-# again on the way (exercise 09.5). [Chapter 10](10_is_it_right.ipynb) measures how far random sets can grow, and
-# [chapter 12](12_how_far_does_a_tangent_reach.ipynb) how far a tangent reaches.
+# So a prediction for a set that was *chosen* by its scores is too small, and the more so the larger the set. What helps is to
+# take the derivative again on the way (exercise 09.5). For random sets redundancy matters less, since a random set
+# leaves most of the images that are like its members. [Chapter 10](10_is_it_right.ipynb) measures how far random sets can
+# grow, and [chapter 12](12_how_far_does_a_tangent_reach.ipynb) how far a tangent reaches.
+#
+# And all this holds where training is smooth. In the rougher recipe of section 1, without momentum, 40 helpers of test
+# image 7 were predicted to raise its loss by .10, and raised it by .02.
 #
 # ## What we claim
 #
 # - One replay scores every training image for five test images, and what the scores say of single images and of
 #   random 1 % sets is what retraining finds.
-# - For sets chosen by their scores the sign is right, and the size may be wrong by a factor of two, or five.
+# - For sets chosen by their scores the sign is right, and the size is too small: their members are redundant, and a tangent
+#   cannot know it.
 #
 # Two of the bank's trainings, made again here:
 
