@@ -128,7 +128,7 @@ predicted = int((told < 0).nonzero()[0]) + 1
 without = subsets.top(scores.values[0], range(1, predicted + 1), helpful=False)
 true = magic.outputs(run, measure, without, progress=False)[:, 0]
 needed = int((true < 0).nonzero()[0]) + 1
-claim("helpers that must go, over the number predicted", needed / predicted, at_least=0.5, at_most=1)
+claim("helpers that must go, over those predicted", needed / predicted, at_least=0.5, at_most=1)
 
 # %% tags=["nbval-ignore-output"]
 print(f"test image {close}, margin {scores.outputs[0]:.2f}: predicted {predicted}, true {needed}")
