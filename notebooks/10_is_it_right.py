@@ -274,8 +274,8 @@ pd.DataFrame({name: dict(result.rows()) for name, result in at5.items()}).T
 
 # %%
 by_damping = [judged["EK-FAC"][damping].slope.mean for damping in dampings[1:]]
-claim("EK-FAC: slope at λ = .001", by_damping[1], at_least=0.08, at_most=0.15)
-claim("EK-FAC: slope at λ = .04", by_damping[3], at_least=0.25, at_most=0.4)
+claim("EK-FAC: slope at λ = .001", by_damping[0], at_least=0.08, at_most=0.15)
+claim("EK-FAC: slope at λ = .04", by_damping[2], at_least=0.25, at_most=0.4)
 claim("EK-FAC: the smallest growth of the slope with λ", min(np.diff(by_damping)), at_least=0.02)
 right = run.model(final)(x).detach().softmax(1).gather(1, y[:, None])
 claim("mean of p(1−p) over the training images", (right * (1 - right)).mean(), at_most=0.07)
