@@ -87,10 +87,10 @@ clock = {}
 
 
 def timed(name, function, *arguments, **options):
-    """Call the function, and note how many seconds it took."""
-    start = time.perf_counter()
+    """Call the function, and note how many seconds of processor time it took."""
+    start = time.process_time()
     found = function(*arguments, **options)
-    clock[name] = time.perf_counter() - start
+    clock[name] = time.process_time() - start
     return found
 
 
@@ -330,14 +330,14 @@ claim("R² without 50 %", ours[0.5].r2, at_most=-1.5)
 #
 # ## 6 · One example
 #
-# *"Had I removed training image 42, would the loss have gone up?"* Thirty images drawn at random, removed one at a time:
+# *"Had I removed training image 42, would the loss have gone up?"* Thirty images drawn at random, removed one at a time
+# (each of the ten losses in units of its standard deviation σ over the thirty):
 
 # %%
 single = magic.leave_one_out(exact, examples=30, bank=bank, progress=False)
 
 # %% tags=["nbval-ignore-output"]
 ax = single.plot(targets=None)
-ax.set(xticks=[-0.004, 0, 0.004], yticks=[-0.004, 0, 0.004])
 ax.set_title(f"30 trainings without one image\nslope {single.slope.mean:.2f}");
 
 # %%
@@ -468,8 +468,8 @@ bottom.set_yticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
 bottom.minorticks_off();
 
 # %% [markdown]
-# It is even one of the milder cases: over the ten images the truth exceeds the prediction by a factor of 5 to 40. For chosen sets,
-# use the scores to decide which examples to remove, and retrain to learn how much they did. The opposite choice shows the same
+# It is even one of the milder cases: over the ten images the truth exceeds the prediction by a factor of 5 to 40, with a
+# median of 12; for the tangent of the margin the median is still 4.5. For chosen sets, use the scores to decide which examples to remove, and retrain to learn how much they did. The opposite choice shows the same
 # curvature from the other side. Removing the fifty most *harmful* images lowers each loss by less than predicted:
 
 # %%
@@ -479,7 +479,8 @@ for k in range(10):
     c = magic.compare(exact, weights, bank=bank, progress=False)
     gained.append((c.true - c.baseline)[-1, k] / (c.predicted - c.baseline)[-1, k])
 gained = torch.stack(gained)
-claim("fifty harmful images: the same, median", gained.quantile(0.5), at_least=0.5, at_most=0.85)
+middle = gained.quantile(0.5)
+claim("fifty harmful images: true over predicted, median", middle, at_least=0.5, at_most=0.85)
 claim("the largest of the ten", gained.max(), at_most=0.99)
 
 # %% [markdown]
@@ -670,10 +671,11 @@ pd.DataFrame(
 
 # %% [markdown]
 # MAGIC goes back through the whole training with the ten outputs together, which costs about six trainings here, and eighteen for the
-# convolutional network. The estimates look only at the end of a training; TRAK's five models are its main cost. Each of the four
-# prices is small beside that of the *truth*, which is a training for each set. This chapter's bank holds these:
+# convolutional network. The estimates look only at the end of a training: their price is some passes over the data, whatever its length. On a training as short as this one
+# the libraries for EK-FAC and TRAK cost as much as MAGIC; on the convolutional network EK-FAC takes less than one training, and TRAK little more than the
+# five that it starts from. All of that is small beside the price of the *truth*, a training for each set. This chapter's bank holds these:
 
-# %% tags=["hide-input"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 made = {
     "our run, sections 2 to 7": len(bank),
     "the gentler run, section 6": len(gentle_bank),

@@ -93,7 +93,11 @@ def test_right(number, answer):
             lambda p, t: pearson(p.argsort(0).double(), t.argsort(0).double()).mean(),
             ["wrong for one target", "argsort of argsort"],
         ),
-        ("10.1", lambda p, t: lds(p, t).abs(), ["wrong for predictions of the other sign", "the sign is lost"]),
+        (
+            "10.1",
+            lambda p, t: lds(p, t).abs(),
+            ["wrong for predictions of the other sign", "the sign is lost"],
+        ),
         ("10.1", lambda p, t: pearson(ranks(p), ranks(t)), ["the shape is (1,)"]),
         (
             "10.1",
