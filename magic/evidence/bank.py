@@ -1,14 +1,14 @@
 """A bank of retrained models' outputs: what was computed once is never computed again.
 
 A SQLite file holds a row for each training: its data weights and what was measured of the model that
-came out. A row is written when its training is done, whole or not at all, so a sweep that was killed
-goes on where it was, and several processes may work on one file.
+came out. A row is written when its training is done, whole or not at all, so interrupted retrainings
+resume where they stopped, and several processes may work on one file.
 
-Rows belong to a run, a measure and a way of removing: the identity of run and measure, their code
-among it, the bits of the first step and of what is measured at the start make the key. Rows of others
-may lie in the same file and are never served. On another machine the bits are others; there `adopt`
-takes rows over after some of them have been trained again. Each row carries a digest of its bits and is
-compared with it, and must be finite, whenever it is read.
+Rows belong to a run, a measure and a way of removing. Their key is made of the identity of run and
+measure, which includes their code, and of the bits of the first step and of what is measured at the start.
+The same file may hold rows of other runs, which are never served. On another machine the bits differ;
+there `adopt` takes rows over after it has trained some of them again. Each row carries a digest of its
+bits; whenever a row is read, it must match its digest and be finite.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Bank:
     """Outputs of one run's retrained models, in the file `path`; ":memory:" is a bank without a file.
 
     how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain)
-    name  what `adopt` tells runs apart by that differ in their seeds only
-    trust  where code cannot be known whole (a C extension, a call of eval), the names of these parts, or
-           True: the reader vouches that they stay what they are
+    name  by which `adopt` tells apart runs that differ in their seeds only
+    trust  names of parts whose code cannot be read completely (a C extension, a call of eval), or True for
+           all of them: the caller vouches that they do not change
 
-    Raises ValueError for a file that is no bank, for a run or measure that cannot be known whole, and
-    TimeoutError for a file that stays locked.
+    Raises ValueError for a file that is no bank, or for a run or measure whose code cannot be read
+    completely, and TimeoutError for a file that stays locked.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Bank:
         raise ValueError(refusal(what, names or ["the first step or the start"], None, out, here.unknown))
 
     def others(self) -> list[str]:
-        """For each other run or measure with rows in the file: how many, since when, and what differs."""
+        """For each other run or measure that has rows in the file: how many, since when, and what differs."""
         with self._open() as file:
             query = "SELECT count(*), since, parts FROM outputs JOIN parts USING (key)"
             found = file.execute(f"{query} WHERE key != ? GROUP BY key", (self.key,)).fetchall()
@@ -139,7 +139,7 @@ class Bank:
     def get(self, weights: Tensor) -> Tensor | None:
         """(K,) outputs of the model trained with these (n,) weights, or None if they are not known.
 
-        Raises ValueError for a row that is damaged.
+        Raises ValueError for a damaged row.
         """
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? AND id = ?"
@@ -147,7 +147,7 @@ class Bank:
         return None if row is None else self._checked(row)[1]
 
     def put(self, weights: Tensor, outputs: Tensor) -> None:
-        """Keep the (K,) outputs of the model trained with these (n,) weights; those that are there stay.
+        """Keep the (K,) outputs of the model trained with these (n,) weights; existing rows stay unchanged.
 
         Raises ValueError for another shape or for numbers that are not finite, OSError for a full disk.
         """
@@ -171,7 +171,7 @@ class Bank:
             file.execute("DELETE FROM outputs WHERE key = ? AND id = ?", row)
 
     def repair(self) -> int:
-        """Remove this bank's damaged rows, which will be trained again; returns how many."""
+        """Remove this bank's damaged rows, so that they are trained again; returns how many."""
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ?"
             found = file.execute(query, (self.key,)).fetchall()
@@ -196,7 +196,7 @@ class Bank:
         return weights_of(row, self.run.n), outputs_of(row)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """(S, n) weights and (S, K) outputs of all trainings that are known, in the order they came."""
+        """(S, n) weights and (S, K) outputs of all trainings in the bank, in the order they were added."""
         return self._rows(self.key)
 
     def frame(self):
@@ -210,14 +210,13 @@ class Bank:
     ) -> int:
         """Take over rows that another machine computed for this run, by name and sizes; returns how many.
 
-        check      so many rows, drawn at random, are trained here and compared
-        tolerance  how far each of their outputs may be from the row's, in units of how that output is spread
-                   over the bank (by its median absolute deviation, so that one wild row does not count)
-        train      what trains: (run, measure, weights (n,), how) -> (K,) outputs
+        check      how many rows, drawn at random, are trained here and compared
+        tolerance  how far each of their outputs may be from the row's, relative to the spread of that output
+                   over the bank (its median absolute deviation, so that one wild row does not count)
+        train      (run, measure, weights (n,), how) -> (K,) outputs; by default what `magic.outputs` calls
 
-        A bank trains nothing by itself: `train` says how, and by default is what `magic.outputs` calls. Banks
-        of fewer than three rows are passed over, since three are needed to tell a spread. Raises ValueError
-        for rows that differ by more, which are of another run, and for a damaged row.
+        Banks of fewer than three rows are skipped, because a spread needs three. Raises ValueError for rows
+        that differ by more, which must come from another run, and for a damaged row.
         """
         with self._open() as file:
             found = file.execute(
@@ -241,16 +240,16 @@ class Bank:
 
     @staticmethod
     def _drawn(key: str, count: int) -> list[int]:
-        """The numbers of a bank's rows in an order that is random, and the same for the same bank."""
+        """The numbers of a bank's rows in a random order, the same for the same bank."""
         dice = torch.Generator().manual_seed(int(fingerprints.digest(key)[:15], 16))
         return torch.randperm(count, generator=dice).tolist()
 
     def _check_agrees(self, number: int, far: float, tolerance: float) -> None:
-        """Raise ValueError for a row that is too `far` from the same training here; NaN is too far."""
+        """Raise ValueError for a row that is too `far` from the same training made here; NaN is too far."""
         if not far <= tolerance:
             raise ValueError(
                 f"{self.path}: training number {number} of the bank, trained again here, differs by "
-                f"{far:.2g} of what the outputs are spread, more than {tolerance:g}. It is of another run"
+                f"{far:.2g} of the spread of the outputs, more than {tolerance:g}. It is of another run"
             )
 
     def _rows(self, key: str, sealed: bool = True) -> tuple[Tensor, Tensor]:
@@ -281,11 +280,11 @@ def _identity(run: Run, measure: Callable) -> Identity:
 def _spread(outputs: Tensor, dtype: torch.dtype) -> Tensor:
     """(K,): how far each of the (S, K) outputs is spread over the bank, as a standard deviation.
 
-    It is told from ranks, so that single wild rows do not count. Where outputs are distributed normally, the
-    median of their distances from the middle is 1/1.4826 of the standard deviation. It alone would be too
-    small where most rows hardly move an output, so what nine rows in ten stay within counts, too, which is
-    1.645 standard deviations then. Less than rounding does in a training, taken as 10,000 units in the last
-    place, is no spread.
+    It is estimated from ranks, so that single wild rows do not count. For normally distributed outputs the
+    median distance from the middle is 1/1.4826 of the standard deviation. That alone would be too small
+    where most rows hardly move an output, so the distance that nine rows in ten stay within, which is 1.645
+    standard deviations for a normal distribution, counts as well. The spread is at least what rounding does
+    in a training, taken as 10,000 units in the last place.
     """
     middle = outputs.median(0).values
     far = (outputs - middle).abs().sort(0).values

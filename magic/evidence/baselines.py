@@ -9,9 +9,9 @@ Adam or of `normalize`. They are scaled to be estimates of the derivative; `magi
 order alone.
 
 All take a run whose data are tensors, and `test`, tensors of the same kinds with K examples first;
-`batch_size` examples are taken together. Values are (K, n). What does not fit raises ValueError or
-TypeError; a library that is missing, ImportError. TRAK and EK-FAC, which are done by their authors'
-libraries, have modules of their own.
+`batch_size` examples are taken together. Values are (K, n). Arguments that do not fit raise ValueError or
+TypeError, and a missing library ImportError. TRAK and EK-FAC, computed by their authors' libraries,
+have modules of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def gradient_similarity(run: Run, test: Tensors, state: State, *, cosine=False, 
     """Minus the dot product of a test and a training example's gradients, over n; or minus their cosine.
 
     state   where the gradients are taken, such as the trained one
-    cosine  the cosine instead of the product; it is 0 where a gradient is
+    cosine  the cosine instead of the product; it is 0 where either gradient is 0
 
     This is one step of gradient descent on the mean loss with rate 1, so the size has no meaning.
     2 · batch_size gradients are held at once. Source: Charpiat et al. 2019, arXiv 2102.05262.
@@ -58,7 +58,7 @@ def tracin(run: Run, test: Tensors, states: list[State], *, batch_size=64) -> At
 
     with η the rate of the step that led to the state, for each parameter that of its group. The states
     should be spread evenly over the run; outputs are those of the last. 2 · batch_size gradients are
-    held at once. Raises ValueError for no states or those of another run.
+    held at once. Raises ValueError for an empty list, or for states of another run.
     Source: Pruthi et al. 2020, arXiv 2002.08484, section 3.
     """
     test, states = checked(run, test, states, batch_size)
@@ -96,7 +96,7 @@ def _products(run: Run, test: Tensors, state: State, size: int, *, rates=None, c
     """(K, n): g_k·g_i over test and training examples, with each parameter's part times its rate.
 
     rates    parameter -> its rate; None for 1
-    cosine   the cosine instead, which is 0 where a gradient is
+    cosine   the cosine instead, which is 0 where either gradient is 0
     """
     rates = rates or dict.fromkeys(state.params, 1.0)
     scale = torch.cat([torch.full_like(p, rates[name]).flatten() for name, p in state.params.items()])

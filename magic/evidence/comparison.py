@@ -33,16 +33,17 @@ class Comparison(Table):
     predicted, true  (S, K), in the unit of the measure
     baseline         (K,): outputs with nothing removed
     what             the retrainings, in words
-    drop             the share that was removed in each, if it is the same
+    drop             the share removed in each, if it is the same for all
     seed             of the bootstrap
-    weights          (S, n) they were trained with, if known
-    per_target       (K,): Spearman correlation of each target's column, `mean` their mean
-    interval         its interval
+    weights          (S, n): the data weights of the retrainings, if known
+    per_target       (K,): Spearman's correlation for each target
+    mean, interval   the mean of `per_target`, the LDS, and its interval
 
-    `spearman`, `pearson`, `r2` and `slope` are Figures: means over targets, with intervals that hold 95 % of
-    1,000 bootstrap resamples (Efron 1979, Annals of Statistics 7), over retrainings and targets at once.
+    `spearman`, `pearson` and `r2` are means over targets, `slope` is one for all targets together. Each is a
+    Figure, with an interval that holds 95 % of 1,000 bootstrap resamples of retrainings and targets (Efron
+    1979, Annals of Statistics 7).
 
-    Raises ValueError for other shapes, fewer than three retrainings, or an output that is always the same.
+    Raises ValueError for other shapes, fewer than three retrainings, or an output that never varies.
     """
 
     predicted: Tensor
@@ -76,7 +77,7 @@ class Comparison(Table):
     @property
     def mean(self) -> float:
         """The linear datamodeling score: the mean of `per_target`."""
-        return float(self.per_target.mean())  # without the bootstrap of its interval, which takes longer
+        return float(self.per_target.mean())  # without its interval, whose bootstrap takes longer
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -145,7 +146,7 @@ class Comparison(Table):
         return pd.DataFrame({name: x.ravel() for name, x in columns.items()})
 
     def plot(self, ax=None, targets: int | None = 1):
-        """Predicted against true change, one dot per retrained model; the diagonal is exactness.
+        """Predicted against true change, a dot for each retrained model; exact ones lie on the diagonal.
 
         targets   how many of the K are shown, from the first; None for all. Returns the axes. Raises
                   ImportError without seaborn
@@ -170,8 +171,8 @@ def lds(
     seed    of the sets, and of the bootstrap
     bank, jobs, progress   as in `magic.outputs`
 
-    Takes `subsets` + 1 trainings, less those that `bank` holds. Raises ValueError for fewer than 3 subsets, a
-    fraction that rounds to nothing or everything, or a target whose true output does not vary; ImportError
+    Takes `subsets` + 1 trainings, minus those in `bank`. Raises ValueError for fewer than 3 subsets, a
+    fraction that rounds to no example or to all, or a target whose true output does not vary; ImportError
     without scipy. Source: Park et al. 2023, arXiv 2303.14186, section 2.
     """
     run, _ = ready(scores)
@@ -223,7 +224,7 @@ def compare(
     bank, jobs, progress   as in `magic.outputs`
     seed   of the bootstrap
 
-    Takes S + 1 trainings, less those that `bank` holds. Raises ValueError for fewer than 3 rows, for a target
+    Takes S + 1 trainings, minus those in `bank`. Raises ValueError for fewer than 3 rows, for a target
     whose true or predicted output does not vary, and for scores without run and measure; ImportError without
     scipy.
     """
@@ -235,7 +236,7 @@ def compare(
 
 
 def ready(scores: Attribution) -> tuple[Run, Callable]:
-    """Run and measure of the scores. What would only show after the trainings is raised here."""
+    """Run and measure of the scores. Errors that would otherwise show after the trainings are raised here."""
     needs("scipy.stats", "notebooks")
     if scores.run is None or scores.measure is None:
         raise ValueError(

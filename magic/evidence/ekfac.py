@@ -32,8 +32,8 @@ def ekfac(
 
     G is the mean over the training examples of the Fisher matrix, a block for each layer: for a
     classification with cross-entropy the true Fisher, each example's label drawn from the model's
-    softmax (by the run's seed), for any other loss the empirical one, of the given targets. Only layers
-    of class nn.Linear and nn.Conv2d are covered; every other parameter is taken as fixed.
+    softmax (by the run's seed), for any other loss the empirical one, with the given targets. Only layers
+    of class nn.Linear and nn.Conv2d are covered; all other parameters are treated as constant.
 
     damping   λ; None for kronfluence's heuristic, 0.1 of the mean eigenvalue of each layer's block
     strategy  "ekfac", "kfac", "diagonal", or "identity", where G + λ is 1
@@ -68,7 +68,7 @@ def ekfac(
 
 
 def _layers(run: Run, state: State, test: Tensors) -> list[str]:
-    """The names of the trained layers that kronfluence covers, if the loss calls each of them once."""
+    """Names of the trained layers that kronfluence covers; ValueError if the loss calls one of them twice."""
     model = run.model(state)
     calls: Counter[nn.Module] = Counter()
     trained = {id(p) for name, p in model.named_parameters() if name in state.params}
@@ -90,7 +90,7 @@ def _layers(run: Run, state: State, test: Tensors) -> list[str]:
 
 
 def _task(run: Run, layers: list[str]):
-    """The run's loss as kronfluence wants it; `sample` is asked of a classification only."""
+    """The run's loss as kronfluence's Task; `sample` is only asked of a classification."""
     Task: Any = needs("kronfluence.task", "baselines", "EK-FAC needs").Task
 
     class Losses(Task):

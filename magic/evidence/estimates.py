@@ -25,7 +25,7 @@ Tensors = tuple[Tensor, ...]
 def checked(run: Run, test, states, batch_size: int) -> tuple[Tensors, list[State]]:
     """The test's tensors, on the run's device, and the states as a list, if they fit the run.
 
-    Raises TypeError or ValueError for what does not, with what would.
+    Raises TypeError or ValueError for arguments that do not fit, and says what would.
     """
     if not isinstance(run.data, tuple):
         raise TypeError(f"the run's data is a {type(run.data).__name__}; baselines take tensors, data=(x, y)")
@@ -68,7 +68,7 @@ def in_batches(run: Run, examples: Tensors, size: int) -> Iterator[Tensors]:
 
 
 def no_classification(run: Run, test: Tensors, state: State) -> str | None:
-    """Why this is no classification with cross-entropy; None if it is one."""
+    """Why this is not a classification with cross-entropy; None if it is one."""
     if len(test) != 2:
         return f"the data are {len(test)} tensors"
     x, y = test
@@ -86,7 +86,7 @@ def no_classification(run: Run, test: Tensors, state: State) -> str | None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[str]:
-    """A folder that is gone afterwards; no progress bar, no warning, and no log handler that stays."""
+    """A temporary folder, and no progress bar, warning, or log handler left behind."""
     handlers = logging.root.handlers[:]
     try:
         hidden, silent = contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore")

@@ -1,8 +1,8 @@
 """Many retrainings: on all cores of this machine or on a cluster, and none of them twice.
 
-Retrainings are independent and go through joblib: to all cores, or, unchanged, to a cluster:
-`with joblib.parallel_config(backend="dask"): ...`. A worker takes over this process's thread count, so
-it computes the same bits. What is done is kept in a `Bank` at once.
+Retrainings are independent and are run by joblib: on all cores, or on a cluster, with no other change than
+`with joblib.parallel_config(backend="dask"): ...`. A worker uses this process's thread count, so that it
+computes the same bits. Each result is kept in a `Bank` as soon as it is there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..training.run import Run
 from .bank import Bank
 from .retraining import retrained
 
-WORTH = 30.0  # seconds of training from which other processes pay, which take some ten to start
-UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the sweep's token
-TASKS = 8  # tasks a worker gets at least, so that none waits long for the others
+WORTH = 30.0  # seconds of training from which other processes, which take about ten to start, pay off
+UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the call's token
+TASKS = 8  # the least number of tasks per worker, so that none waits long for the others
 
 
 def outputs(
@@ -44,12 +44,12 @@ def outputs(
     how    "weight": an example of weight 0 is in its batch, with weight 0; "rows": it is left out of it
            (see `magic.retrain`). A bank knows its own
     bank   where outputs are looked up, and kept as soon as each training is done
-    jobs   processes; None: one, until that would take long, then all cores, or what
-           joblib.parallel_config says. The bits do not depend on it. With more than one process set
-           torch.set_num_threads(1) first, or they take each other's cores
+    jobs   processes; None: one if that is quick enough, otherwise all cores, or what
+           joblib.parallel_config says. The bits do not depend on it. With more than one process, call
+           torch.set_num_threads(1) first, or they compete for the cores
     progress   whether a bar is shown; by default it is
 
-    Raises ValueError for a bank of another run or measure, for a damaged row of it, for a run that changed
+    Raises ValueError for a bank of another run or measure, for a damaged row, or for a run that changed
     while it was retrained, and ImportError where more than one process is needed and joblib is missing.
     """
     if weights.dim() == 1 and bank is None:
@@ -81,7 +81,7 @@ def outputs(
 def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):
     """Yield the number of each row of `todo` and its outputs, (K,), as they are done.
 
-    The first is trained here, unless jobs are asked for: it says how long the others would take.
+    Unless `jobs` is given, the first is trained here, which shows how long the others would take.
     """
     start = time.monotonic()
     if jobs is None and todo and not _elsewhere():
@@ -120,7 +120,7 @@ def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, 
 
 
 def _packed(run: Run, measure: Callable) -> np.ndarray:
-    """Run and measure as one array of bytes, which joblib puts where all workers read it, once."""
+    """Run and measure as one array of bytes, which joblib stores once for all workers to read."""
     try:
         import cloudpickle
     except ImportError:  # an older joblib brings its own
@@ -130,7 +130,7 @@ def _packed(run: Run, measure: Callable) -> np.ndarray:
 
 
 def _unpacked(work, token: str) -> tuple[Run, Callable]:
-    """Run and measure in a worker, which unpacks them at its first task."""
+    """Run and measure in a worker, unpacked at its first task."""
     if isinstance(work, tuple):
         return work
     if token not in UNPACKED:
@@ -148,7 +148,7 @@ def _some(work, token: str, rows: list, how: str, threads: int) -> list:
 
 
 def _elsewhere() -> bool:
-    """Whether joblib was told to use something else than this machine's processes."""
+    """Whether joblib was told to use something other than this machine's processes."""
     try:
         from joblib.parallel import get_active_backend
     except ImportError:

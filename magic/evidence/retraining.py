@@ -1,8 +1,8 @@
 """What would really have happened: train again without the examples.
 
-A retraining is the same run at other data weights. Under `normalize="weights"` weight 0 is what leaving
-the row out of its batch does, but for BatchNorm, whose statistics a row of weight 0 still moves; under
-`normalize="batch"` the batch's size stays the divisor. `how="rows"` leaves the rows out indeed.
+A retraining is the same run at other data weights. Under `normalize="weights"`, weight 0 has the same effect
+as leaving the row out of its batch, except with BatchNorm, whose statistics a row of weight 0 still moves;
+under `normalize="batch"` the divisor remains the batch's size. `how="rows"` really leaves the rows out.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def retrain(run: Run, without: Iterable[int], *, how: str = "weight", progress: 
     how   "weight": their data weights are 0; "rows": they are left out of their batches, whose losses
           are averaged over the rows that stay. Dropout then draws other numbers than in the full batch.
 
-    Raises IndexError for an example that there is not, ValueError for one given twice, for another `how`, or
-    for a batch that no row is left of.
+    Raises IndexError for an index out of range, ValueError for an index given twice, for another `how`, or
+    for a batch of which no row is left.
     """
     (weights,) = subsets.without(run.n, [without])
     return _train(run, run.weights(weights), how, progress)
@@ -36,7 +36,7 @@ def retrain(run: Run, without: Iterable[int], *, how: str = "weight", progress: 
 def without_rows(run: Run, weights: Tensor) -> Run:
     """The same run with the examples of weight 0, of (n,) `weights`, left out of their batches.
 
-    It shares model and data with `run`. Raises ValueError for a batch that nothing is left of.
+    It shares model and data with `run`. Raises ValueError for a batch of which no row is left.
     """
     present = weights.cpu() != 0
     smaller = copy.copy(run)

@@ -1,8 +1,8 @@
 """The rows of a bank, and the SQLite file that holds them.
 
-A row is what one training gave: its data weights, (n,), and what was measured of its model, (K,), with the
-key of the run and a digest of its bits. Here is how a row is packed, when it counts as damaged, how the file
-is opened, and the table of all rows for someone who has the file only.
+A row holds one training: its data weights, (n,), and what was measured of its model, (K,), with the key of
+the run and a digest of its bits. This module packs rows, tells damaged ones, opens the file, and makes a
+table of all rows for someone who has only the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Row = tuple  # of COLUMNS
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[sqlite3.Connection]:
-    """A connection whose block is one transaction, which is written whole or not at all.
+    """A connection; all that its block writes is one transaction, written whole or not at all.
 
     Raises TimeoutError for a file that stays locked for `PATIENCE` seconds, OSError for one that cannot be
     opened or written, and ValueError for one that is no bank.
@@ -53,19 +53,19 @@ def opened(path: str | os.PathLike) -> Iterator[sqlite3.Connection]:
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise TimeoutError(f"{path} is locked by another program for more than {PATIENCE:g} s") from error
-        out = ". The rows that it holds are whole: make room, and call again" if "full" in str(error) else ""
+        out = ". The rows in it are whole: free some space, and call again" if "full" in str(error) else ""
         raise OSError(f"{path} cannot be used as a bank: {error}{out}") from error
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is not a bank: {error}. Give another file") from error
 
 
 def name_of(weights: Tensor) -> str:
-    """What a row is found by: the fingerprint of its weights, (n,)."""
+    """The name under which a row is found: the fingerprint of its weights, (n,)."""
     return fingerprints.fingerprint(weights)
 
 
 def pack(weights: Tensor) -> bytes:
-    """Weights, (n,) in float32 or float64 on the CPU, compressed: most of them are the same number."""
+    """Weights, (n,) in float32 or float64 on the CPU, compressed, since most of them are equal."""
     kind = "<f8" if weights.dtype == torch.float64 else "<f4"
     return zlib.compress(weights.numpy().astype(kind).tobytes(), 9)
 
@@ -87,19 +87,19 @@ def outputs_of(row: Row) -> Tensor:
 
 
 def digest_of(key: str, name: str, weights: bytes, outputs: bytes) -> str:
-    """The digest of what a row holds, which is written beside it."""
+    """The digest of a row's content, which is stored with it."""
     return fingerprints.digest(repr((key, name, weights, outputs)))
 
 
 def damage(row: Row, n: int, targets: int, sealed: bool = True) -> str | None:
-    """Why a row cannot be what was written, or None. Only a `sealed` one must have a digest."""
+    """Why a row cannot be what was written, or None. Only a `sealed` row must have a digest."""
     _, key, name, weights, outputs, made = row
     try:
         digest = json.loads(made).get("digest")
         if digest is None and sealed:
             return "it has no digest"
         if digest is not None and digest != digest_of(key, name, weights, outputs):
-            return "it does not hold the bits that were written"
+            return "its bits are not those that were written"
         there, numbers = weights_of(row, n), outputs_of(row)
     except (ValueError, TypeError, AttributeError, zlib.error) as error:
         return str(error)
@@ -111,10 +111,10 @@ def damage(row: Row, n: int, targets: int, sealed: bool = True) -> str | None:
 
 
 def frame(path: str | os.PathLike):
-    """The DataFrame of all banks in a file, for someone who has the file only.
+    """The DataFrame of all banks in a file, for someone who has only the file.
 
-    It has a row for each training and target: the bank's key, the number of the training in the file, how
-    many examples were removed, the target, and the output. Raises ValueError for a damaged row, and
+    It has a row for each training and target, with the bank's key, the number of the training in the file,
+    how many examples were removed, the target, and the output. Raises ValueError for a damaged row, and
     ImportError without pandas.
     """
     pd = needs("pandas", "notebooks")

@@ -29,13 +29,13 @@ def trak(
     be a classification with cross-entropy, its data (images, int64 labels).
 
     states  trained states, over which traker averages; outputs and p_k are those of the last
-    dim     dimension of the projection; None for traker's 2048, but at most n/4. Towards n the
-            dim × dim matrix that traker inverts, without a ridge, turns singular and the scores noise
+    dim     dimension of the projection; None for traker's 2048, but at most n/4. As dim approaches n, the
+            dim × dim matrix that traker inverts without a ridge becomes singular, and the scores noise
     seed    of the projection
 
-    Computes in float32, not in traker's half precision. traker divides the inverse by the mean size of
-    its entries, which takes the scores' size away; that is left out. Raises ValueError for another kind of
-    run or dimension, and ImportError without traker.
+    Computes in float32, not in traker's half precision, and leaves out traker's division of the inverse by
+    the mean size of its entries, which would remove the scale of the scores. Raises ValueError for another
+    kind of run or dimension, and ImportError without traker.
     Source: Park et al. 2023, arXiv 2303.14186, section 3.
     """
     test, states = checked(run, test, states, batch_size)
@@ -63,7 +63,7 @@ def trak(
 
 
 def _traker(run: Run, folder: str, dim: int, seed: int):
-    """The library's TRAKer for this run, which writes into `folder` and keeps the size of the scores."""
+    """The library's TRAKer for this run, which writes into `folder` and keeps the scale of the scores."""
     library = needs("trak", "baselines", "TRAK needs")
     BasicScoreComputer: Any = needs("trak.score_computers", "baselines", "TRAK needs").BasicScoreComputer
 
@@ -86,6 +86,6 @@ def _traker(run: Run, folder: str, dim: int, seed: int):
         projector_seed=seed,
         grad_wrt=list(run.initial.params),
     )
-    # traker frees the projection before it scores, and in up to 100 dimensions does not make it again.
+    # traker frees the projection before it scores, and up to 100 dimensions does not make it again.
     traker.projector.free_memory = lambda: None
     return traker

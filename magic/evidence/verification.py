@@ -1,9 +1,9 @@
 """verify: the whole derivative against real trainings, along one random direction of the data weights.
 
-The other checks look at parts of a replay: a state, a step, a measure. This one looks at all of it at once.
-With a random direction v of ±1 it compares Σᵢ τ_ki vᵢ with the slope of φ_k(f(w + εv)) at ε = 0, by central
-differences at three step sizes or more. A number flipped anywhere on the way back, in a cotangent or in a
-sum, shows. Two sizes would not do: a first step of Adam is nearly a step of the gradient's sign, and two
+The other checks look at parts of a replay: a state, a step, a measure. This one looks at the whole. For a
+random direction v of ±1 it compares Σᵢ τ_ki vᵢ with the slope of φ_k(f(w + εv)) at ε = 0, by central
+differences at three or more step sizes. An error anywhere on the way back, in a cotangent or in a sum,
+shows. Two sizes would not be enough: Adam's first step is nearly a step along the gradient's sign, and two
 differences that both straddle the kink can agree by chance.
 """
 
@@ -27,9 +27,9 @@ def verify(
 ) -> Verification:
     """Compare the scores with trainings at w ± εv, for three step sizes ε or more, v random of ±1.
 
-    A weight below the largest ε stays where it is, since weights are not negative. A target counts as judged
-    where three step sizes in a row agree to a twentieth of the slope. Smaller ones are tried while a target
-    is not judged: ten trainings at most in float64, eight in float32.
+    A weight below the largest ε is left unchanged, since weights must not be negative. A target is decided
+    once three successive step sizes agree to a twentieth of the slope. Smaller ones are tried while a target
+    is undecided: at most ten trainings in float64, eight in float32.
 
     step   the largest ε, in data weights; by default .001 in float64 and .04 in float32
     returns a Verification; it is kept as `scores.verification`
@@ -68,10 +68,10 @@ def verify(
 def _slopes(
     run: Run, measure: Callable, at: Tensor, v: Tensor, steps: list[float], progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """(len(steps), K) each: central differences along v, and how far rounding may have moved them.
+    """(len(steps), K) each: central differences along v, and how much rounding may have changed them.
 
     Each of T steps rounds an output by about the precision of its type, and errors add up like √T. Four times
-    that is on the safe side for a difference of two outputs.
+    that is a safe bound for a difference of two outputs.
     """
     points = torch.stack([at + sign * h * v for h in steps for sign in (1, -1)])
     found = outputs(run, measure, points, progress=progress).double().cpu()
