@@ -9,9 +9,9 @@ whether the trained parameters go on in the direction in which they set out,
 it stands the cosine of the scores at w and at a nearby w, which sees how fast the derivative turns where
 training is smooth, and is blind to jumps: the tangents on the two sides of one are parallel.
 
-What it is good for: an alarm. Far below 1 the derivative predicts badly. Close to 1 it does not rank recipes by
-how well theirs predicts, and it does not ask whether a model has learned anything, so `survey` sets it beside the
-accuracy. Chapter 08 measures all of this.
+What it is good for: an alarm. Far below 1 the derivative predicts badly. Close to 1 it does not rank
+recipes by how well theirs predicts, and it does not ask whether a model has learned anything, so `survey`
+sets it beside the accuracy. Chapter 08 measures all of this.
 """
 
 from __future__ import annotations
