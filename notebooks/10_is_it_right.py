@@ -725,14 +725,12 @@ claim("largest difference, in standard deviations of the output", far, at_most=0
 # <details><summary>Hint</summary>Spearman's correlation is Pearson's, of the ranks. `scipy.stats.rankdata(x, axis=0)` ranks each column.</details>
 
 # %%
-from magic.book import check
-
-
 def my_lds(predicted, true):
     """A number: for each target Spearman's correlation, then the mean over the targets."""
     ...
 
 
+# from magic.book import check
 # check("10.1", my_lds)
 
 # %% [markdown]
