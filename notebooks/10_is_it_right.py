@@ -670,10 +670,10 @@ pd.DataFrame(
 ).T.round(1)
 
 # %% [markdown]
-# MAGIC goes back through the whole training with the ten outputs together, which costs about six trainings here, and eighteen for the
+# MAGIC goes back through the whole training with the ten outputs together, which costs about seven trainings here, and eighteen for the
 # convolutional network. The estimates look only at the end of a training: their price is some passes over the data, whatever its length. On a training as short as this one
-# the libraries for EK-FAC and TRAK cost as much as MAGIC; on the convolutional network EK-FAC takes less than one training, and TRAK little more than the
-# five that it starts from. All of that is small beside the price of the *truth*, a training for each set. This chapter's bank holds these:
+# the libraries for EK-FAC and TRAK cost as much as MAGIC; on the convolutional network EK-FAC takes less than one training, and TRAK some eight, its
+# five models included. All of that is small beside the price of the *truth*, a training for each set. This chapter's bank holds these:
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 made = {
