@@ -18,7 +18,7 @@
 # the weight of one training example? And in the weights of all of them?
 #
 # A training run is a long computation, and PyTorch can differentiate computations. So there is an obvious method: let
-# autograd follow the whole run, and ask it for the derivative. [Chapter 00](00_quickstart.ipynb) did so in fifteen lines;
+# autograd follow the whole run, and ask it for the derivative. [Chapter 00](00_quickstart.ipynb) did so in a dozen lines;
 # here we look at each of them, check the answer by training again, and ask what the numbers mean. The method is exact, but
 # for realistic runs it does not fit in memory. The reason why it does not fit will show us what to do instead.
 #
@@ -202,8 +202,8 @@ attribution = magic.attribute(
 agree("autograd, magic.attribute", scores, attribution.values[0], tolerance=1e-9)
 
 # %% [markdown]
-# Three independent ways lead to one answer. The finite differences agree with it to six digits, which is as good as such a
-# difference gets; the two derivatives agree to nine.
+# Three ways lead to one answer. The finite differences agree with autograd to six digits, which is as good as such a
+# difference gets; autograd and `magic` agree to nine.
 #
 # ## 2 · A weight is a dial
 #
@@ -492,8 +492,8 @@ def slope(f, w, u, epsilon=1e-4):
 # %% [markdown]
 # **03.2** ●●○ · 15 min · *Any loss, any measure.* Write `unroll` for a model that you know nothing of: `losses(theta,
 # batch)` gives the losses of the examples in `batch`, `measure(theta)` gives a number, and `theta` is one vector.
-# <details><summary>Hint</summary>Section 1's <code>step</code>, <code>train</code> and call in one function. Make the
-# weights require a gradient first; take care that no line cuts θ from its trace.</details>
+# <details><summary>Hint</summary>Section 1's <code>step</code>, <code>train</code> and call in one function. θ and the weights come without <code>requires_grad</code>: make new leaves of both, once, before the
+# first step. After that no line may cut θ from its trace.</details>
 
 
 # %%
@@ -524,7 +524,8 @@ def go_back(step, states, batches, weights, cotangent):
 # and return it for $t = T$. Nothing may be kept from earlier steps. (To get $\tau_i$, multiply it by $\Delta_T$.)
 # <details><summary>Hint</summary><code>torch.func.jvp(f, inputs, tangents)</code> returns f(inputs) and how it changes when
 # the inputs change along the tangents. At each step two inputs change: the state, along what you carry, and the
-# weights, along eᵢ. It takes tuples as inputs and tangents.</details>
+# weights, along eᵢ. It takes tuples as inputs and tangents. (To try it on a step of your own, write that with
+# <code>torch.func.grad</code>: <code>jvp</code> does not go through <code>torch.autograd.grad</code>.)</details>
 
 
 # %%

@@ -26,7 +26,7 @@
 # |---|---|---|
 # | state $s_t$ | `state` | a tuple: the parameters $\theta$, and what the optimizer remembers |
 # | step $h_t$ | `..._step` | $s_{t+1} = h_t(s_t, w)$ |
-# | cotangent $\Delta_t = \partial \varphi / \partial s_t$ | `cotangent` | how the output changes with the state after $t$ steps; a tuple like the state |
+# | cotangent $\Delta_t = \partial \varphi / \partial s_t$ | `cotangent` | how the output changes with the state after $t$ steps; a tuple like the state, with a row for each output (in chapter 03 it was a column) |
 # | scores $\tau_i = \partial \varphi / \partial w_i$ | `scores` | filled in on the way back, batch by batch |
 # | to pull back | `pull_...` | $\Delta_{t+1} \mapsto \Delta_t$, and what step $t$ adds to $\tau$ |
 #
@@ -120,7 +120,7 @@ def train(step, state):
 # %% [markdown]
 # We measure $K = 4$ outputs: the losses of the test images that the trained network gets most wrong. Their four
 # cotangents are the rows of a $(K, 910)$ matrix, and each formula below holds row by row. For now we act as if
-# training ended with step 20, so that $\Delta'$ is $\partial\varphi / \partial\theta_{21}$.
+# training ended with step 20, the twenty-first since steps count from 0, so that $\Delta'$ is $\partial\varphi / \partial\theta_{21}$.
 
 # %%
 t, weight = 20, weights[order[20]]
@@ -357,7 +357,7 @@ judge(momentum_step, pull_momentum, momentum_states[t], t)
 # 2. **Pull through $g$**: `pull_gradient`, the same for every optimizer.
 #
 # AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) keeps two running averages, $m$ of the gradients and $v$ of their
-# squares. Let $t$ count the updates including this one, $\alpha = \eta / (1 - \beta_1^t)$, $c = \sqrt{1 - \beta_2^t}$, and
+# squares. Let $u = t + 1$ be the number of updates including this one, $\alpha = \eta / (1 - \beta_1^u)$, $c = \sqrt{1 - \beta_2^u}$, and
 # $\lambda$ be the weight decay. Then
 #
 # $$m' = \beta_1 m + (1 - \beta_1)\, g, \qquad v' = \beta_2 v + (1 - \beta_2)\, g^2, \qquad
@@ -414,7 +414,7 @@ judge(adamw_step, pull_adamw, adamw_states[t], t)
 
 # %% [markdown]
 # We have divided by $\sqrt{v'}$, which is 0 for a parameter whose gradients have all been 0. Our run has none;
-# [chapter 05](05_optimizers_with_memory.ipynb) shows that the right value of the quotient is then 0.
+# [chapter 05](05_optimizers_with_memory.ipynb) shows that this second term of $\bar v$ is then to be taken as 0.
 #
 # ## 6 · The chain
 #
@@ -508,8 +508,8 @@ claim("smallest size over size at the end, for all four", (least / size[0]).max(
 claim("size at the first step over the smallest", (size[-1] / least).min(), at_least=2)
 
 # %% [markdown]
-# On their way back all four cotangents shrink to less than half, and grow again at the first steps of
-# training. Section 2 said why: in curved directions, later steps undo a push; where the loss curves downward,
+# On their way back the $\theta$ parts of all four cotangents shrink to less than half, and grow again over about the first
+# fifteen steps of training. Section 2's reason holds with momentum as well: in curved directions, later steps undo a push; where the loss curves downward,
 # they carry it further.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
@@ -608,8 +608,7 @@ def pull_decayed(to_theta, pull, lr, decay):
 
 # %% [markdown]
 # **04.2** ●●○ · 15 min · *Nesterov's momentum.* Pull back $m' = \mu m + g$, $\;\theta' = \theta - \eta\,(g + \mu m')$.
-# <details><summary>Hint</summary>g now reaches θ' in two ways. Collect m̄ = Δ'_m − ημ Δ'_θ first, then
-# ḡ = m̄ − η Δ'_θ.</details>
+# <details><summary>Hint</summary>g now reaches θ' in two ways, directly and by way of m'. Collect the cotangent of m' first.</details>
 
 
 # %%
@@ -628,7 +627,7 @@ def pull_nesterov(to_theta, to_m, pull, lr, mu):
 
 # %%
 def adam_diagonal(g, m, v, count, lr, beta1, beta2, eps):
-    """∂θ'/∂g, like g. m and v are those before the step. Where v' is 0, take it as constant."""
+    """∂θ'/∂g, like g. m and v are those before the step. Where v' is 0, only the path through m' counts."""
     ...
 
 

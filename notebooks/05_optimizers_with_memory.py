@@ -323,9 +323,9 @@ lost = error("momentum", "the buffer m", forgetful)
 claim("momentum: error without the buffer's cotangent", lost, at_least=0.7, at_most=0.9)
 
 # %% [markdown]
-# The error stays below the 90 % of our estimate, which assumed that $\Delta_\theta$ changes slowly. It does not: in
-# the last steps the buffer has hardly any future in which to matter, and a different $\bar g$ at each step makes
-# $\Delta_\theta$ itself different. So the forgetful loop does not return a tenth of the scores. It returns
+# The error stays below the 90 % of our estimate, which assumed that $\Delta_m$ has settled, and that forgetting it leaves
+# $\Delta_\theta$ as it is. Neither holds: in the last steps the buffer has hardly any future in which to matter, so
+# $\Delta_m$ is small there, and a different $\bar g$ at each step makes $\Delta_\theta$ itself different. So the forgetful loop does not return a tenth of the scores. It returns
 # other scores.
 #
 # ## 4 · Adam: by which path does influence travel?
@@ -427,8 +427,7 @@ claim("step 30: v against parameters", middle["v"] / middle["parameters"], at_le
 # %% [markdown]
 # In the last step the optimizer state does not matter, since nothing reads it afterwards. Ten steps before the end,
 # most of what a batch does to the outcome is already done by being *remembered*. Half-way through the run
-# the ratio of $m$ to the parameters is near the 9 of section 3, since $\beta_1 = \mu = 0.9$. In the first steps all terms are larger:
-# where the few gradients seen so far were small, $r$ is small, and everything is divided by it.
+# the ratio of $m$ to the parameters is near the 9 of section 3, since $\beta_1 = \mu = 0.9$. In the first steps all terms are larger: $\alpha$ is ten times $\eta$ at the first update, and where the few gradients seen so far were small, $r$ is small, and everything is divided by it.
 #
 # What happens if we forget $m$, or $v$, or both, or restore the states without the count?
 
@@ -602,7 +601,7 @@ claim("at weight 0", way[0.0] / way[1.0], at_most=0)
 #
 # No training step reads $R$. The finished model, in eval mode, does, and so the measured loss depends on the
 # data weights along one more path, $w \to \theta_t \to R_T \to \varphi$. It counts for about the last
-# $1/\kappa = 10$ steps. On the way back it begins in the first cotangent, with $\partial\varphi/\partial R_T$.
+# $1/\kappa = 10$ steps, though through $\theta_t$ each of these batches depends on the whole training before it. On the way back it begins in the first cotangent, with $\partial\varphi/\partial R_T$.
 
 
 # %%
@@ -645,7 +644,7 @@ claim("error with the right states and other dropout masks", lost, at_least=0.4)
 #
 # ## 8 · Everything that we left out
 #
-# Each orange dot is one thing forgotten on the way back; each blue dot is a run with nothing forgotten, compared with
+# Each orange dot is one thing forgotten on the way back, or in the states and random numbers that it was given; each blue dot is a run with nothing forgotten, compared with
 # finite differences.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
@@ -756,7 +755,7 @@ def pull_statistics(h, to_mean, to_var, kappa):
 # %% [markdown]
 # **05.5 · ●●○ · 10 min.** This layer multiplies its input by a factor that grows from 0 to 1 over its first 20 calls.
 # `magic.Run` refuses it (try it): the number of calls is a memory that no state contains. Write `MyWarmUp`, with the
-# same output in each training step. Its memory must be part of the state, and in eval mode it must not count.
+# same output in each training step. Its memory must be part of the state, and in eval mode it multiplies by the factor reached so far, and does not count.
 #
 # <details><summary>Hint</summary>`self.register_buffer("calls", torch.zeros((), dtype=torch.int64))`. Buffers are
 # part of the state; PyTorch expects `self.calls += 1` to change them in place. `self.training` says which mode

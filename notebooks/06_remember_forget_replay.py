@@ -384,7 +384,7 @@ for c in (1, 2, 3, 5, 7, 10, 20, 100):
 # half times that. But trying every $m$ takes long for a long run, and it is not necessary. Griewank and Walther (2000,
 # *Revolve*) turned the question round: how *long* a run can be reversed? Let the reach $R(c, r)$ be the largest number of steps
 # that $c$ states can reverse if no step is advanced through more than $r$ times. Cut such a run at $m$. The right
-# part has one state less. The left part has been advanced through once already, so it has one repetition less:
+# part has one state less. The left part has been advanced through once already, so it has one pass less:
 #
 # $$R(c, r) = R(c - 1, r) + R(c, r - 1), \qquad R(0, r) = R(c, 0) = 1.$$
 #
@@ -399,8 +399,7 @@ longest = pd.DataFrame(
 longest.rename_axis(index="c: states", columns="r: repeats")
 
 # %% [markdown]
-# Read the table along a row: with 8 states, 3,003 steps can be reversed with none of them repeated more than six
-# times. Here is the optimum for 16 steps and 3 states.
+# Read the table along a row: with 8 states, 3,003 steps can be reversed with none of them advanced through more than six times, the training's pass included. Here is the optimum for 16 steps and 3 states.
 
 # %%
 print(draw(schedule.binomial(16, 3), 16))
@@ -474,8 +473,7 @@ bottom.set(title="The optimum, for longer and longer runs")
 bottom.legend();
 
 # %% [markdown]
-# The upper panel is a run of ten thousand steps. With few states a tree takes up to half as many extra steps again as the
-# optimum, because its parts are equal. The left part of a cut is reversed when more slots are free, so it ought to be
+# The upper panel is a run of ten thousand steps. With few states a tree takes a third to a half more extra steps than the optimum, because its parts are equal. The left part of a cut is reversed when more slots are free, so it ought to be
 # longer than the right one. With 199 states there are only two levels, and then the tree, every $k$-th and the optimum
 # are nearly the same. The lower panel shows how the cost grows with the length of the run: with 32 states, each of
 # ten million steps costs fewer than six extra ones, and a run ten times as long costs only about one more for each
@@ -518,7 +516,7 @@ pd.DataFrame(table).T
 
 # %% [markdown]
 # The times include everything: training, recomputation, and the pulls of two cotangents, which every schedule makes
-# once. With eight states the recomputation adds little. With three it shows.
+# once. By count, eight states cost 186 extra steps, about one and a half trainings, and three cost 511, more than four.
 #
 # ## What we claim
 #
@@ -564,8 +562,7 @@ def count(actions, T):
 # states, the start among them. It must be fast enough for $T = 10^6$, so do not try them all.
 #
 # <details><summary>Hint</summary>Find the smallest r with R(c, r) ≥ T. With the cut at m, the left part may have at most
-# R(c, r − 1) steps, and the right part at most R(c − 1, r). Neither part should be so short that it wastes a
-# repetition: the left one has at least R(c, r − 2) steps, the right one at least R(c − 1, r − 1). Any m within all four
+# R(c, r − 1) steps, and the right part at most R(c − 1, r). Neither part should be so short that it wastes a pass: the left one has at least R(c, r − 2) steps (with R(c, −1) = 0), the right one at least R(c − 1, r − 1). Any m within all four
 # bounds will do.</details>
 
 

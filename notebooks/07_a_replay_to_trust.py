@@ -265,8 +265,8 @@ claim("and the likely cause is named", "data, model or loss changed since" in sa
 print(said)
 
 # %% [markdown]
-# The losses differ in the fifth digit. A change of one pixel by a millionth would be found just as surely, since bits are compared and
-# no tolerance has to be chosen. That is what determinism is good for
+# The losses differ in the fifth digit. A change of one pixel by a millionth would be found as well, if not by
+# the loss then by the next fingerprint, since bits are compared and no tolerance has to be chosen. That is what determinism is good for
 # ([chapter 01](01_the_same_run_twice.ipynb)). An edited loss function, another number of threads that adds in
 # another order, or a faulty memory module shows in the same way.
 #
@@ -366,7 +366,7 @@ distance = gap("focal loss by NumPy", "replay", "finite differences")
 claim("focal loss by NumPy: replay and finite differences, by", distance, at_least=0.5)
 
 # %% [markdown]
-# For cross-entropy all three agree. For the focal loss the unroll and the replay agree to nine digits *and are both wrong*: they are nearly twice too large.
+# For cross-entropy all three agree. For the focal loss the unroll and the replay agree to nine digits *and are both wrong*: their slopes are nearly twice what they should be.
 # The factor $(1 - p)^2$ moves when the parameters move, but autograd never saw it, and both ask autograd.
 # Agreement counts as evidence only between witnesses that can fail separately. Finite differences know nothing of
 # autograd, so they are the ones to ask.
@@ -440,7 +440,7 @@ ax.legend(fontsize=10);
 # Read the lines from right to left, as the cotangent travels. At rate 0.05 its size hardly changes. At 0.3 the network is at
 # least as accurate, but the cotangent grows about a thousandfold: nothing in the accuracy warns of it. At 0.5 the training
 # has failed, and a change at the first step is amplified more than a million times. `scores.health` holds these sizes,
-# and `magic` warns when the range exceeds six powers of ten. The derivative is still right to within rounding, but it is the
+# and `magic` warns when the range exceeds six powers of ten. Each pull is still right to within rounding, though at rate 0.5 these roundings are amplified like everything else, but it is the
 # slope of a very jagged function. Whether a slope *predicts* is the question of
 # [chapter 08](08_is_the_derivative_useful.ipynb).
 #

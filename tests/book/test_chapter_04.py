@@ -84,6 +84,13 @@ def detached(objective, held, theta, cotangent):
     return vjp(lambda theta: grad(objective)(theta, z), theta)[1](cotangent)[0]
 
 
+def forwards(objective, held, theta, cotangent):
+    def fixed(theta):
+        return torch.func.grad(objective)(theta, held(theta))
+
+    return torch.func.jvp(fixed, (theta,), (cotangent,))[1]
+
+
 def never_fixed(objective, held, theta, cotangent):
     return vjp(grad(lambda theta: objective(theta, held(theta))), theta)[1](cotangent)[0]
 
@@ -133,6 +140,7 @@ WRONG = [
     ("04.4", lambda f, th, d: directional(f, th, d) / 3, ["1/B once too often"]),
     ("04.4", lambda f, th, d: f(th), ["these are the losses"]),
     ("04.5", detached, ["right for a part that does not move", "the first term only"]),
+    ("04.5", forwards, ["right for", "wrong for a part of other examples", "takes the transpose"]),
     ("04.5", never_fixed, ["z moved while the gradient was taken"]),
     ("04.5", lambda *a: pull_held(*a) - detached(*a), ["the second term only"]),
 ]  # fmt: skip

@@ -201,6 +201,7 @@ def pull_held(answer: Any) -> None:
     parts = {
         "a part that does not move": lambda theta: torch.ones(SIZE, dtype=torch.float64) + 0 * theta.sum(),
         "a part that is linear in θ": lambda theta: b.x @ theta,
+        "a part of other examples": lambda theta: b.x.flip(0) @ theta,  # dg/dθ is not symmetric
         "a focal loss": lambda theta: (1 - torch.exp(-b.losses(theta))) ** 2,
     }
     cases, cotangent = Cases({"the factor 1/B": 1 / SIZE}), b.draw(4)
@@ -218,6 +219,9 @@ def pull_held(answer: Any) -> None:
         suspects = {
             "the first term only: z moves with θ from step to step": first,
             "the second term only": want - first,
+            "this is (dg/dθ) ḡ, and the way back takes the transpose": torch.func.jvp(
+                fixed, (theta,), (cotangent,)
+            )[1],
             "z moved while the gradient was taken; it is fixed there": torch.func.vjp(moving, theta)[1](
                 cotangent
             )[0],

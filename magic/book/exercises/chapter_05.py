@@ -49,7 +49,7 @@ def _measured_stretch(done: int, betas: tuple[float, float]) -> Tensor:
     return (moves[1] / moves[0]).squeeze()
 
 
-@exercise("05.1", "by how much a forgotten count makes Adam's next update too long")
+@exercise("05.1", "the factor by which a forgotten count changes Adam's next update")
 def stretch(answer: Callable) -> None:
     cases = Cases({})
     for case, done, b1, b2 in (

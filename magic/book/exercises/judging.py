@@ -159,10 +159,11 @@ class Cases:
         if _near(got, want, self.tolerance):
             self.right.append(case)
             return
-        difference = (got - want).abs().max() / want.abs().max().clamp_min(1e-30)
+        difference, scale = (got - want).abs().max().item(), want.abs().max().item()
+        far = f"{difference / scale:.1g} of the largest entry" if scale else f"{difference:.3g}"
         raise Wrong(
             f"{self._so_far()}wrong for {case}: {self._why(got, want, suspects or {})}"
-            f" (the largest difference is {difference.item():.1g} of the largest entry)."
+            f" (the largest difference is {far})."
         )
 
     def true(self, case: str, holds: bool, otherwise: str) -> None:
