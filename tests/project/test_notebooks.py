@@ -49,6 +49,12 @@ def says_something(out) -> bool:
     return out.get("name") == "stdout" or ("text/plain" in data and WIDGET not in data)
 
 
+def widget_problems(notebook) -> list[str]:
+    """The state of widgets that no output shows, such as that of bars long gone."""
+    shown = any(WIDGET in out.get("data", {}) for cell in code_cells(notebook) for out in cell.outputs)
+    return [] if shown or "widgets" not in notebook.metadata else ["stores widgets that no output shows"]
+
+
 def pair_problems(path: Path) -> list[str]:
     script = path.with_suffix(".py")
     if not script.exists():
@@ -109,7 +115,7 @@ def size_problems(notebook) -> list[str]:
 def problems(path: Path) -> list[str]:
     notebook = nbformat.read(path, 4)
     found = run_problems(notebook) + comparison_problems(notebook) + size_problems(notebook)
-    return pair_problems(path) + found
+    return pair_problems(path) + found + widget_problems(notebook)
 
 
 def lone_scripts(folder: Path) -> list[str]:
@@ -241,6 +247,12 @@ def test_a_drifted_pair_is_found(tmp_path, old, new):
     assert old in script.read_text()
     script.write_text(script.read_text().replace(old, new))
     assert "small.ipynb and small.py differ" in "".join(problems(path))
+
+
+def test_widgets_that_nothing_shows_are_found(tmp_path):
+    notebook = small()
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    assert "stores widgets that no output shows" in problems(write(notebook, tmp_path / "small.ipynb"))
 
 
 def test_half_a_pair_is_found(tmp_path):
