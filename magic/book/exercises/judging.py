@@ -9,9 +9,9 @@ right, which is the first that is not, and, where the numbers show it, what was 
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import importlib
+import signal
 import threading
 import traceback
 import warnings
@@ -116,25 +116,23 @@ class _TooLong(BaseException):
 def _at_most(seconds: float):
     """Raise _TooLong in the block when it has run for so long, and again while it goes on.
 
-    It is raised between two operations of Python. A signal would do as well, but a notebook or a test may
-    have been started where signals are ignored.
+    By the alarm signal, which Unix has and the main thread hears, where notebooks run their cells. Elsewhere
+    there is no limit.
     """
-    raises, here, ended = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.get_ident(), threading.Event()
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def watch() -> None:
-        wait = seconds
-        while not ended.wait(wait):
-            raises(ctypes.c_ulong(here), ctypes.py_object(_TooLong))
-            wait = 1.0
+    def stop(*_) -> None:
+        raise _TooLong
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
-        ended.set()
-        watcher.join()
-        raises(ctypes.c_ulong(here), None)  # one that came too late is taken back
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass
