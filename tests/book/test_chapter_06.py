@@ -6,9 +6,9 @@ from math import comb
 import pytest
 
 from magic.book.exercises.chapter_06 import _least
-from magic.book.exercises.judging import judge
 from magic.engine.costs import advanced
 from magic.engine.schedule import Adjoint, Advance, Drop, Load, Save
+from tests.support.answers import fails, passes
 
 
 def walked(actions, T, first=0, counts_start=True, all_saves=False, per_action=False, training=1):
@@ -93,8 +93,7 @@ def least_time(times, c):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_right_answers(number, answer):
-    ok, text = judge(number, answer)
-    assert ok and text.startswith(f"✓ {number}: right. You wrote a"), text
+    passes(number, answer)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,4 @@ def test_right_answers(number, answer):
     ],
 )  # fmt: skip
 def test_a_wrong_answer_is_explained(number, answer, words):
-    ok, text = judge(number, answer)
-    assert not ok and text.startswith(f"✗ {number}: "), text
-    assert all(word in text for word in words), text
+    fails(number, answer, words)
