@@ -33,10 +33,7 @@
 # About thirty minutes.
 
 # %%
-import shutil
-import tempfile
 import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -46,6 +43,7 @@ from torch import nn
 import magic
 from magic import smoothness
 from magic.book import data, models, plot
+from magic.book.banks import shipped_bank
 from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,9 +114,6 @@ print(recipe())
 
 # %%
 way = smoothness.directions(len(x), drop=0.01, count=1)[0]
-shipped, folder = Path("banks/08_is_the_derivative_useful.sqlite"), Path(tempfile.mkdtemp())
-if shipped.exists():
-    shutil.copy(shipped, folder)
 
 
 def measure(model):
@@ -126,10 +121,7 @@ def measure(model):
 
 
 def bank_of(name):
-    bank = magic.Bank(folder / shipped.name, runs[name], measure, name=name)
-    if len(bank) == 0:
-        bank.adopt()
-    return bank
+    return shipped_bank("08_is_the_derivative_useful", runs[name], measure, name=name)
 
 
 # %%

@@ -32,10 +32,6 @@
 # About twenty-five minutes.
 
 # %%
-import shutil
-import tempfile
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -43,6 +39,7 @@ import torch.nn.functional as F
 import magic
 from magic import smoothness, subsets
 from magic.book import data, models, plot
+from magic.book.banks import shipped_bank
 from magic.book.checks import claim
 
 DATA = "fashion"  # or "cifar10", or "digits"
@@ -184,12 +181,7 @@ claim("the first wrong one: harmers with the label it fell for", fallen_for, at_
 # gave ([chapter 10](10_is_it_right.ipynb) explains it).
 
 # %%
-shipped, folder = Path("banks/09_which_examples_mattered.sqlite"), Path(tempfile.mkdtemp())
-if shipped.exists():
-    shutil.copy(shipped, folder)
-bank = magic.Bank(folder / shipped.name, run, measure, name=DATA)
-if len(bank) == 0:
-    bank.adopt()
+bank = shipped_bank("09_which_examples_mattered", run, measure, name=DATA)
 
 
 def removals(weights):

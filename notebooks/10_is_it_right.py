@@ -34,8 +34,6 @@
 
 # %%
 import logging
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -48,6 +46,7 @@ import torch.nn.functional as F
 import magic
 from magic import baselines, subsets
 from magic.book import data, models, plot
+from magic.book.banks import shipped_bank
 from magic.book.checks import claim
 from magic.evidence.comparison import pearson, r2, slope, spearman
 
@@ -107,16 +106,8 @@ exact = timed("MAGIC", magic.attribute, run, measure, progress=False)
 # believed. Without the file all of them are made afresh, on all cores, in a few minutes. (The cell works on a copy.)
 
 # %%
-shipped, folder = Path("banks/10_is_it_right.sqlite"), Path(tempfile.mkdtemp())
-if shipped.exists():
-    shutil.copy(shipped, folder)
-
-
 def bank_of(run, name, measure=measure):
-    bank = magic.Bank(folder / shipped.name, run, measure, name=name)
-    if len(bank) == 0:
-        bank.adopt()
-    return bank
+    return shipped_bank("10_is_it_right", run, measure, name=name)
 
 
 bank = bank_of(run, "ours")

@@ -34,10 +34,6 @@
 # About thirty minutes to read; one to run.
 
 # %%
-import shutil
-import tempfile
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -47,6 +43,7 @@ import torch.nn.functional as F
 import magic
 from magic import subsets
 from magic.book import data, models, plot
+from magic.book.banks import shipped_bank
 from magic.book.checks import agree, claim
 from magic.evidence.optimality import ridge
 
@@ -91,16 +88,8 @@ full = {name: magic.attribute(run, measure, progress=False) for name, run in run
 # The truth comes from some 1,500 retrainings, kept in a bank that is shipped with the chapter (as in [chapter 10](10_is_it_right.ipynb)).
 
 # %%
-shipped, folder = Path("banks/11_how_near_is_near_optimal.sqlite"), Path(tempfile.mkdtemp())
-if shipped.exists():
-    shutil.copy(shipped, folder)
-
-
 def bank_of(run, name, measure=measure):
-    bank = magic.Bank(folder / shipped.name, run, measure, name=name)
-    if len(bank) == 0:
-        bank.adopt()
-    return bank
+    return shipped_bank("11_how_near_is_near_optimal", run, measure, name=name)
 
 
 banks = {name: bank_of(run, name) for name, run in runs.items()}

@@ -31,10 +31,6 @@
 # About thirty-five minutes to read; one and a half to run.
 
 # %%
-import shutil
-import tempfile
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -45,6 +41,7 @@ from torch import nn
 import magic
 from magic import subsets
 from magic.book import data, models, plot
+from magic.book.banks import shipped_bank
 from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,16 +79,8 @@ runs = {
 full = {name: magic.attribute(run, measure, progress=False) for name, run in runs.items()}
 
 # %%
-shipped, folder = Path("banks/12_how_far_does_a_tangent_reach.sqlite"), Path(tempfile.mkdtemp())
-if shipped.exists():
-    shutil.copy(shipped, folder)
-
-
 def bank_of(run, name, how="weight"):
-    bank = magic.Bank(folder / shipped.name, run, measure, name=name, how=how)
-    if len(bank) == 0:
-        bank.adopt()
-    return bank
+    return shipped_bank("12_how_far_does_a_tangent_reach", run, measure, name=name, how=how)
 
 
 banks = {name: bank_of(run, name) for name, run in runs.items()}

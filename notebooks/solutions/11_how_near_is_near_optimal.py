@@ -17,16 +17,13 @@
 # To the exercises of [chapter 11](../11_how_near_is_near_optimal.ipynb).
 
 # %%
-import shutil
-import tempfile
-from pathlib import Path
-
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
 import magic
 from magic.book import check, data, models
+from magic.book.banks import shipped_bank
 from magic.book.checks import claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,11 +135,7 @@ torch.manual_seed(0)
 model = models.MLP((64, 128, 10)).to(device)
 batches = magic.batches(len(x), size=100, epochs=10, seed=0)
 run = magic.Run(model, torch.optim.SGD(model.parameters(), lr=0.05), (x, y), loss, batches)
-shipped = Path("../banks/11_how_near_is_near_optimal.sqlite")
-copied = shutil.copy(shipped, tempfile.mkdtemp())
-bank = magic.Bank(copied, run, measure, name="smooth")
-if len(bank) == 0:
-    bank.adopt()
+bank = shipped_bank("11_how_near_is_near_optimal", run, measure, name="smooth")
 
 # %%
 points = {".6": 0.6, ".5": 0.5}
