@@ -30,9 +30,9 @@
 # | score $\tau_i = \partial \varphi(f(w)) / \partial w_i$ | `scores` | how fast the output changes with example $i$'s weight |
 # | trace | | what autograd keeps of a computation so that it can be differentiated |
 #
-# About thirty minutes, with the code and the derivation in section 4. If you would rather write the functions yourself,
-# open the [fill-in version](fill_in/03_differentiate_the_whole_run.ipynb): the text is the same, six functions are
-# yours, and the cells after them tell you whether they are right.
+# About thirty minutes, with the code and the derivation in section 4. If you would rather write the functions yourself, `uv run python -m magic.book.fill_in`
+# makes a version of this chapter for you in `fill_in/`: the text is the same, six functions are yours, and the cells after
+# them tell you whether they are right.
 
 # %%
 import copy

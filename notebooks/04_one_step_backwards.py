@@ -31,8 +31,8 @@
 # | to pull back | `pull_...` | $\Delta_{t+1} \mapsto \Delta_t$, and what step $t$ adds to $\tau$ |
 #
 # A prime marks what belongs to the time after the step: $\theta'$ is made from $\theta$, and $\Delta$ from $\Delta'$.
-# About forty minutes with the derivations. In the [fill-in version](fill_in/04_one_step_backwards.ipynb) the five
-# functions that go back are yours to write.
+# About forty minutes with the derivations. In the version that `uv run python -m magic.book.fill_in`
+# makes in `fill_in/`, the five functions that go back are yours to write.
 
 # %%
 import warnings
@@ -627,7 +627,10 @@ def pull_nesterov(to_theta, to_m, pull, lr, mu):
 
 # %%
 def adam_diagonal(g, m, v, count, lr, beta1, beta2, eps):
-    """∂θ'/∂g, like g. m and v are those before the step. Where v' is 0, only the path through m' counts."""
+    """∂θ'/∂g, like g. m and v are those before the step.
+
+    Where v' is 0, only the path through m' counts.
+    """
     ...
 
 

@@ -33,8 +33,8 @@
 # | kept state | `Save(t)` … `Drop(t)` | a state that stays in memory, in a *slot*; the literature says *checkpoint* |
 # | extra steps | `cost(...).extra` | steps done in addition to those of the training |
 #
-# About thirty-five minutes, half a minute of them to run. Five cells are marked "your turn" in the
-# [fill-in version](fill_in/06_remember_forget_replay.ipynb), where you write them yourself.
+# About thirty-five minutes, half a minute of them to run. In the version that `uv run python -m magic.book.fill_in`
+# makes in `fill_in/`, five cells are marked "your turn": you write them yourself.
 
 # %%
 import time
@@ -282,7 +282,7 @@ claim("no k keeps fewer than 27 states, and 2√200 − 1 is 27.3", fewest == 27
 def tree(a, b, k):
     """Yield the actions that reverse the steps a … b − 1, where s_a is kept already, and drop s_a.
 
-    Load(a) comes first. A single step needs Adjoint and Drop. A longer node has parts = min(k, b − a)
+    Load(a) comes first. One step needs Adjoint and Drop. A longer one has parts = min(k, b − a)
     parts, and their ends are a + (b − a) * i // parts for i = 0 … parts. Advance to the start of
     each part but the first, and Save it. Then do all parts, last one first, by tree itself.
     """

@@ -1,4 +1,4 @@
-"""Fill-in versions of chapters, from the finished ones: `python -m magic.book.fill_in` writes them all.
+"""Fill-in versions of chapters, from the finished ones, for a reader: `python -m magic.book.fill_in`.
 
 In a cell tagged "your-turn", each function loses its body and keeps its signature and its docstring; the
 cells after it, which compare and claim, tell the reader whether the new body is right. The outputs are gone.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 
 TAG = "your-turn"
@@ -46,29 +45,39 @@ def _emptied(cell: dict) -> dict:
     if cell["cell_type"] != "code":  # a link to a file leads from one folder deeper
         source = LINK.sub(r"](../\1", source)
         return {**cell, "source": source.splitlines(keepends=True)}
-    if TAG in cell["metadata"].get("tags", []):
+    if _tagged(cell):
         source = stub(source)
     return {**cell, "source": source.splitlines(keepends=True), "outputs": [], "execution_count": None}
 
 
 def has_stubs(notebook: dict) -> bool:
-    return any(TAG in cell["metadata"].get("tags", []) for cell in notebook["cells"])
+    return any(map(_tagged, notebook["cells"]))
 
 
-def written(notebook: dict) -> str:
-    return json.dumps(fill_in(notebook), indent=1, ensure_ascii=False) + "\n"
+def _tagged(cell: dict) -> bool:
+    return TAG in cell.get("metadata", {}).get("tags", [])
 
 
-def main(notebooks: Path) -> None:
-    """Write notebooks/fill_in/NAME for each chapter with a tagged cell."""
-    for path in sorted(notebooks.glob("*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        if has_stubs(notebook):
-            target = notebooks / "fill_in" / path.name
-            target.parent.mkdir(exist_ok=True)
-            target.write_text(written(notebook), encoding="utf-8")
-            print(target.relative_to(notebooks.parent))
+def write(notebooks: Path, folder: Path) -> list[Path]:
+    """Write each chapter with a tagged cell into the folder, and return what was written.
+
+    A file that is there stays as it is, since a reader may have filled it in. Raises FileNotFoundError
+    where there are no chapters.
+    """
+    chapters = {
+        path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(notebooks.glob("*.ipynb"))
+    }
+    if not chapters:
+        raise FileNotFoundError(f"no chapters in {notebooks}/: run this in the root of the repository")
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [
+        path for path, chapter in chapters.items() if has_stubs(chapter) and not (folder / path.name).exists()
+    ]
+    for path in new:
+        text = json.dumps(fill_in(chapters[path]), indent=1, ensure_ascii=False) + "\n"
+        (folder / path.name).write_text(text, encoding="utf-8")
+    return [folder / path.name for path in new]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "notebooks"))
+    print(*write(Path("notebooks"), Path("notebooks/fill_in")), sep="\n")

@@ -7,6 +7,7 @@ text, in `docstrings.py`.
 """
 
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import docstrings
 import pages
+
+from magic.book import fill_in
 
 # Where the project is published, such as "https://github.com/OWNER/NAME". While it is empty, no page offers
 # Binder or Colab, which start from there.
@@ -56,6 +59,9 @@ python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_static_path = ["_static", str(MATHJAX)]
+EXTRA = Path(tempfile.mkdtemp())
+fill_in.write(HERE.parent, EXTRA / "fill_in")
+html_extra_path = [str(EXTRA)]  # chapters to fill in have no page; their links download them
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 pygments_dark_style = "github-dark"  # Furo's own underlines what is imported

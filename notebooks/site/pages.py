@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import magic
+from magic.book import fill_in
 
 REPOSITORY = BRANCH = ""
 NOWHERE = "https://github.com/OWNER/NAME"
@@ -32,15 +33,13 @@ WINGS = {
     "identity": "Identity: the same run, to the bit",
     "": "Which examples, and where",
 }
-# a chapter to fill in has no page: a link to it is a download
-TO_FILL_IN = re.compile(r"\]\(((?:\.\./)*fill_in/[^)\s]+\.ipynb)\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|.*\|")
 
 
 def complete(app, docname, source):
     """Sphinx's event source-read: change the text of a page in place."""
-    text = TO_FILL_IN.sub(r"](path:\1)", source[0])
+    text = source[0]
     if app.env.doc2path(docname).suffix == ".ipynb":
         text = json.dumps(notebook(json.loads(text), docname, Path(app.srcdir)))
     elif docname == "index":
@@ -88,7 +87,7 @@ def notebook(content, docname, folder):
     for cell in content["cells"]:
         title, line, rest = "".join(cell["source"]).partition("\n")
         if cell["cell_type"] == "markdown" and title.startswith("# "):
-            cell["source"] = f"{title}\n\n{links(docname, folder)}\n{line}{rest}"
+            cell["source"] = f"{title}\n\n{links(docname, folder, fill_in.has_stubs(content))}\n{line}{rest}"
             break
     return content
 
@@ -99,13 +98,13 @@ def is_bar(output):
     return WIDGET in data and "text/html" not in data and bool(BAR.search(text))
 
 
-def links(docname, folder):
+def links(docname, folder, to_fill_in):
     """What stands under a title: the notebook to take home, its other versions, and where to run it."""
     name = docname.split("/")[-1]
     up = "../" if docname != name else ""
     found = [f"{{download}}`Notebook <{name}.ipynb>`"]
-    if (folder / "fill_in" / f"{name}.ipynb").exists() and not up:
-        found.append(f"{{download}}`To fill in <fill_in/{name}.ipynb>`")
+    if to_fill_in:
+        found.append(f'<a class="reference download" href="fill_in/{name}.ipynb" download>To fill in</a>')
     if up:
         found.append(f"[Chapter](../{name}.ipynb)")
     elif (folder / "solutions" / f"{name}.ipynb").exists():

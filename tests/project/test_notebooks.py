@@ -19,7 +19,7 @@ from nbval.plugin import get_sanitize_patterns
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-# what is written from others, or by Jupyter, is no pair
+# what a reader has written, or Jupyter, is no pair
 NO_PAIRS = {"fill_in", ".ipynb_checkpoints"}
 PAIRS = sorted(p for p in NOTEBOOKS.rglob("*.ipynb") if not NO_PAIRS & set(p.parts))
 LINES = 25
