@@ -141,7 +141,8 @@ model = models.MLP((64, 12, 10)).double()
 shapes = {name: p.shape for name, p in model.named_parameters()}
 theta = torch.cat([p.detach().flatten() for p in model.parameters()])
 x, y = torch.randn(50, 64, dtype=theta.dtype), torch.randint(10, (50,))
-weight, cotangents = torch.rand(50, dtype=theta.dtype), torch.randn(4, len(theta), dtype=theta.dtype)
+weight = torch.rand(50, dtype=theta.dtype)
+cotangents = torch.randn(4, len(theta), dtype=theta.dtype)
 
 
 def objective(theta, weight):
@@ -154,7 +155,8 @@ def objective(theta, weight):
 
 # %%
 def reverse_over_reverse(cotangents):
-    _, pull = vjp(lambda theta, weight: grad(objective, has_aux=True)(theta, weight)[0], theta, weight)
+    g = grad(objective, has_aux=True)
+    _, pull = vjp(lambda theta, weight: g(theta, weight)[0], theta, weight)
     return vmap(pull)(cotangents)
 
 
