@@ -50,9 +50,12 @@ def claim(
                nbval compares the claim and its bound; the number behind them may differ between machines
     digits     significant digits of the number that is printed
 
-    Raises AssertionError, with the number, for a claim that does not hold, NaN included.
+    Raises AssertionError, with the number, for a claim that does not hold, NaN included, and TypeError for a
+    number without a bound, which would hold whatever it is.
     """
     if at_least is None and at_most is None:
+        if isinstance(holds, Figure) or torch.as_tensor(holds).dtype != torch.bool:
+            raise TypeError(f"{text}: {holds} is a number; say what it is at_least, or at_most")
         if not holds:
             raise AssertionError(f"does not hold: {text}")
         print(f"✓ {text}")

@@ -124,8 +124,7 @@ def cotangent_sizes(health, targets: int | Sequence[int] | None = None, ax=None)
         color = HARMFUL if k in health.wide else HELPFUL
         ax.plot(steps, [row[k] for _, row in health.sizes], color=color, linewidth=1.2, alpha=0.8)
     ax.set(yscale="log", xlim=(0, health.steps), xlabel="training step t", ylabel="‖∂φ/∂params‖ at s_t")
-    swept = [health.decades[k] for k in chosen]
-    ax.set_title(
-        f"{len(swept)} target{'s' * (len(swept) > 1)}; the widest ranges over {max(swept):.1f} powers of ten"
-    )
+    ranges = [health.decades[k] for k in chosen]
+    told = f"{len(ranges)} target{'s' * (len(ranges) > 1)}"
+    ax.set_title(f"{told}; the widest ranges over {max(ranges):.1f} powers of ten")
     return ax

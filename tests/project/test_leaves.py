@@ -407,5 +407,8 @@ def test_a_claim_prints_its_number_beside_its_bound(capsys):
     for number, bounds in ((0.97, {"at_least": 0.98}), (float("nan"), {"at_most": 1}), (3, {"at_most": 2})):
         with pytest.raises(AssertionError, match=r"does not hold: it [≥≤] .*, it is (0.97|nan|3)"):
             checks.claim("it", number, **bounds)
+    for number in (0.5, 3, figure, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="is a number; say what it is at_least, or at_most"):
+            checks.claim("it", number)
     with pytest.raises(AssertionError, match=r"LDS ≥ 0.999, it is 0.992 \[0.978, 0.996\]"):
         checks.claim("LDS", figure, at_least=0.999)
