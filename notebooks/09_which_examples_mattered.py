@@ -52,9 +52,8 @@ plot.style()
 # %% [markdown]
 # ## 1 · A training recipe whose derivative is useful
 #
-# We take 2,000 images at half their resolution and a network an eighth as wide as the paper's. With `PAPER = True` it is all
-# images and the paper's width. Change `DATA`, and the rest follows. Where Fashion-MNIST cannot be had, the digits
-# take its place.
+# We take 2,000 images at half their resolution and a network an eighth as wide as the paper's. With `PAPER = True` it is all images
+# and the paper's width. Change `DATA`, and the rest follows.
 
 # %%
 few = {} if PAPER else {"train": 2000, "test": 1000}
@@ -63,18 +62,8 @@ settings = {
     "cifar10": (data.cifar10, data.CIFAR10_CLASSES, few),
     "digits": (data.digits, tuple("0123456789"), {"train": 1200, "test": 500}),
 }
-
-
-def load(name):
-    make, classes, sizes = settings[name]
-    return [part.to(device) for part in make(**sizes)], classes
-
-
-try:
-    (x, y, x_test, y_test), classes = load(DATA)
-except RuntimeError:  # neither on this machine nor to be downloaded
-    DATA = "digits"
-    (x, y, x_test, y_test), classes = load(DATA)
+make, classes, sizes = settings[DATA]
+x, y, x_test, y_test = (part.to(device) for part in make(**sizes))
 
 # %% [markdown]
 # The derivative exists for any recipe. That it *predicts* has to be arranged

@@ -46,18 +46,20 @@ def digits(train: int = 1200, test: int = 500, seed: int = 0) -> Split:
 
 
 def fashion_mnist(train: int = 60_000, test: int = 10_000, size: int = 28, seed: int = 0) -> Split:
-    """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 images of 28×28, ten kinds of clothing.
+    """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 images of 28×28, ten kinds of clothing.
 
-    Taken from $FASHION_MNIST if set, Debian's dataset-fashion-mnist or torchvision's folder in
-    ./data, whichever is there; else downloaded by torchvision. `size` averages 28×28 down to it.
+    Taken from $FASHION_MNIST if set. Otherwise the first 4,000 + 1,000 of seed 0 come with magic, and
+    more are taken from Debian's dataset-fashion-mnist or torchvision's folder in ./data, whichever is
+    there; else torchvision downloads them. `size` averages 28×28 down to it.
     Raises RuntimeError, which says how to get the files, when they cannot be downloaded, FileNotFoundError
     for a $FASHION_MNIST without them, and ValueError for more images than there are.
     """
-    folder = _fashion_folder()
-    x_train, y_train = _idx_images(folder, "train"), _idx_labels(folder, "train")
-    x_test, y_test = _idx_images(folder, "t10k"), _idx_labels(folder, "t10k")
-    x_train, y_train = _some(x_train, y_train, train, seed)
-    x_test, y_test = _some(x_test, y_test, test, seed)
+    if "FASHION_MNIST" not in os.environ and seed == 0 and 0 < train <= 4000 and 0 < test <= 1000:
+        x_train, y_train, x_test, y_test = _shipped_fashion(train, test)
+    else:
+        folder = _fashion_folder()
+        x_train, y_train = _some(_idx_images(folder, "train"), _idx_labels(folder, "train"), train, seed)
+        x_test, y_test = _some(_idx_images(folder, "t10k"), _idx_labels(folder, "t10k"), test, seed)
     if size != 28:
         x_train, x_test = (torch.nn.functional.adaptive_avg_pool2d(x, size) for x in (x_train, x_test))
     return _scaled(x_train, y_train, x_test, y_test)
@@ -115,6 +117,17 @@ def _some(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         return x, y
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
     return x[chosen], y[chosen]
+
+
+def _shipped_fashion(train: int, test: int) -> tuple[Tensor, ...]:
+    """Images 0 … 255 and labels out of fashion_mnist.npz, in the order in which seed 0 draws them."""
+    with np.load(Path(__file__).with_name("fashion_mnist.npz")) as parts:
+        x_train, y_train = parts["x_train"][:train], parts["y_train"][:train]
+        x_test, y_test = parts["x_test"][:test], parts["y_test"][:test]
+    images = (torch.from_numpy(x).float().unsqueeze(1) for x in (x_train, x_test))
+    labels = (torch.from_numpy(y).long() for y in (y_train, y_test))
+    (x_train, x_test), (y_train, y_test) = images, labels
+    return x_train, y_train, x_test, y_test
 
 
 def _fashion_folder() -> Path:

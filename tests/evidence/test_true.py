@@ -40,22 +40,18 @@ def test_digits(digits, device):
 
 
 def test_fashion_mnist(device):
-    """ConvNet of width 16 with BatchNorm on 2,000 images of 14×14, SGD at rate .01 with momentum .9,
-    batch 100, 12 epochs: 79 %, LDS .99."""
-    try:
-        parts = data.fashion_mnist(train=2000, test=1000, size=14)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    x, y, x_test, y_test = (part.to(device) for part in parts)
+    """ConvNet of width 16 with BatchNorm on 1,000 images of 14×14, SGD at rate .01 with momentum .9,
+    batch 100, 8 epochs. Chapter 10 asks the same of 4,000 images, with 60 sets and ten targets."""
+    x, y, x_test, y_test = (part.to(device) for part in data.fashion_mnist(train=1000, test=500, size=14))
     torch.manual_seed(0)
     model = models.ConvNet(width=16, norm="batch").to(device)
-    order = magic.batches(len(x), size=100, epochs=12)
+    order = magic.batches(len(x), size=100, epochs=8)
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), (x, y), cases.loss, order)
-    assert accuracy(run, run.train(progress=False), x_test, y_test) >= 0.75
-    scores = magic.attribute(run, of_test_images(x_test, y_test), progress=False)
-    result = magic.lds(scores, drop=0.01, subsets=40, progress=False)
-    print(result)
-    assert result.mean >= 0.97
+    right = accuracy(run, run.train(progress=False), x_test, y_test)
+    scores = magic.attribute(run, of_test_images(x_test, y_test, 3), progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=20, progress=False)
+    print(right, result)
+    assert right >= 0.7 and result.mean >= 0.97
 
 
 def test_two_thousand_steps_in_sixteen_states(digits):

@@ -58,6 +58,24 @@ def test_fashion_mnist_from_a_folder(fashion_folder, monkeypatch):
         data.fashion_mnist(train=40, test=20)
 
 
+def test_some_fashion_comes_with_magic(monkeypatch):
+    monkeypatch.delenv("FASHION_MNIST", raising=False)
+    shipped = data.fashion_mnist(train=4000, test=1000)
+    assert [tuple(part.shape) for part in shipped[::2]] == [(4000, 1, 28, 28), (1000, 1, 28, 28)]
+    assert set(shipped[1].tolist()) == set(shipped[3].tolist()) == set(range(10))
+    fewer = data.fashion_mnist(train=100, test=50)
+    assert torch.equal(fewer[1], shipped[1][:100]) and torch.equal(fewer[3], shipped[3][:50])
+
+
+@pytest.mark.skipif(not data.DEBIAN.exists(), reason="the whole of Fashion-MNIST is not on this machine")
+def test_the_fashion_that_comes_with_magic_is_what_seed_0_draws_from_the_whole(monkeypatch):
+    monkeypatch.delenv("FASHION_MNIST", raising=False)
+    shipped = data.fashion_mnist(train=4000, test=1000)
+    monkeypatch.setenv("FASHION_MNIST", str(data.DEBIAN))
+    drawn = data.fashion_mnist(train=4000, test=1000)
+    assert all(torch.equal(a, b) for a, b in zip(shipped, drawn, strict=True))
+
+
 def test_data_that_cannot_be_had_says_how_to_get_it(monkeypatch, tmp_path):
     def no_network(*args, **kwargs):
         raise OSError("no network")
