@@ -15,6 +15,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Files that take a minute or more, the longest first, so that at the end no worker is left alone with one.
+LONG = (
+    "test_exact.py", "09_which_examples_mattered.ipynb", "test_planning.py",
+    "08_is_the_derivative_useful.ipynb", "test_true.py", "10_is_it_right.ipynb", "11_how_near_is_near_optimal.ipynb", "test_outputs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
