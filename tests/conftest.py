@@ -18,7 +18,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Files that take a minute or more, the longest first, so that at the end no worker is left alone with one.
 LONG = (
     "test_exact.py", "09_which_examples_mattered.ipynb", "test_planning.py",
-    "08_is_the_derivative_useful.ipynb", "test_true.py", "10_is_it_right.ipynb", "11_how_near_is_near_optimal.ipynb", "test_outputs.py",
+    "08_is_the_derivative_useful.ipynb", "test_true.py", "10_is_it_right.ipynb",
+    "11_how_near_is_near_optimal.ipynb", "test_outputs.py",
 )  # fmt: skip
 
 
