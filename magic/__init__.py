@@ -17,7 +17,7 @@ subsets, points, saved, attribution    which examples are left out; where the de
 evidence    is the prediction true? Train again, and see
 book        what the chapters share: data, models, plots, claims
 
-To see how `attribute()` works, read these files in this order, some nine hundred lines of code in all; each
+To see how `attribute()` works, read these files in this order, a thousand lines of code in all; each
 opens with what it is for. A run as a function: training/state, update, sgd, network, gradient, run. Its
 derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last `attribute` in attribution, which
 calls them. It takes two hours; in the first one leave out proofs, the table of scores, and how a Run reads

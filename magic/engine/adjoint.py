@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
+from ..training.gradient import Gradient, Inputs, gradient_of_part
 from ..training.optim import ADJOINTS
 from ..training.record import Passed
 from ..training.run import Run
@@ -42,27 +43,50 @@ def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
-    """Step t with the graph of its gradient: all that its pull needs.
+class Part:
+    """The graph of the gradient of a step's batch, or of a part of it (`Run(accumulate=)`).
 
-    state           s_t
     params, buffers, weight   the leaves of the graph
-    grads           name -> gradient, of the parameters that the step uses
-    buffers_after   the buffers of s_{t+1}, as functions of the leaves
-    after           s_{t+1}, or None where it was not asked for
-    escaped         ways on which a number that depends on the parameters may have left the graph
-    same_bits       the gradients are training's own to the bit
+    gradient   what they give, as functions of the leaves
     """
 
-    state: State
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     weight: Tensor
-    grads: dict[str, Tensor]
-    buffers_after: dict[str, Tensor]
+    gradient: Gradient
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The gradients of the parameters that this part uses."""
+        return [g for g in self.gradient.by_name.values() if g is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Step t with the graph of its gradient: all that its pull needs.
+
+    state      s_t
+    gradient   the sum over the parts, without a graph
+    after      s_{t+1}, or None where it was not asked for
+    last       the last part, from which the pull begins
+    begins     the buffers that each part begins with, and the names of those that carry a derivative
+    """
+
+    state: State
+    gradient: Gradient
     after: State | None
-    escaped: tuple[str, ...] = ()
-    same_bits: bool = True
+    last: Part
+    begins: tuple[tuple[dict[str, Tensor], list[str]], ...]
+
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """name -> gradient, of the parameters that the step uses."""
+        return {name: g for name, g in self.gradient.by_name.items() if g is not None}
+
+    @property
+    def escaped(self) -> tuple[str, ...]:
+        """Ways on which a number that depends on the parameters may have left the graph."""
+        return self.gradient.escaped
 
 
 def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
@@ -74,27 +98,51 @@ def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Pa
     made on the way down serves for the adjoint too. The total loss is compared with the one that training
     `passed` here.
 
+    A batch that is done in parts is traced part by part, and of these graphs only the last is kept, so that
+    no more memory is needed than for one. The pull traces the others again.
+
     A `detach` in the loss is in the graph as a stop, which has two phases. While the gradient is taken,
     inside `run.gradient`, it hands nothing back: the step is that of the plain loop. From then on it is the
     identity: the value that was held fixed in this step moves with the parameters from step to step, and the
     derivative of the step flows through it. A trace is always in the second phase.
     """
-    t = state.step
-    with torch.enable_grad(), refusing(f"step {t}"):
-        params = _leaves(state.params)
-        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in run.moved(state)})
-        weight = weights[run.batches[t].to(weights.device)].detach().requires_grad_()
-        gradient = run.gradient(params, buffers, weight, t, create_graph=True)
-    after, same_bits = None, gradient.same_bits
-    if step and same_bits:
-        after = run.moved_on(state, weight.detach(), gradient, passed)
+    t, begins = state.step, [(state.buffers, run.moved(state))]
+    whole: Gradient | None = None
+    weight = weights[run.batches[t].to(weights.device)].detach()
+    for part in range(run.accumulate):
+        last = trace_part(run, state, *begins[part], weight, part)
+        one = last.gradient.detached()
+        whole = one if whole is None else whole.plus(one)
+        moved = state.moved | whole.written
+        begins.append(
+            (whole.buffers, [k for k, b in whole.buffers.items() if k in moved and b.is_floating_point()])
+        )
+        if part + 1 < run.accumulate:
+            del last  # its graph must be gone before the next is made
+    assert whole is not None, "a batch has at least one part"
+    after = None
+    if step and whole.same_bits:
+        after = run.moved_on(state, weight, whole, passed)
     elif step:
         after = run.step(state, weights, passed)
     elif passed is not None:
-        total = gradient.total.item() if same_bits else run.total(state, weights)
+        total = whole.total.item() if whole.same_bits else run.total(state, weights)
         passed.witness(t, total)
-    grads = {name: g for name, g in gradient.by_name.items() if g is not None}
-    return Traced(state, params, buffers, weight, grads, gradient.buffers, after, gradient.escaped, same_bits)
+    return Traced(state, whole, after, last, tuple(begins[:-1]))
+
+
+def trace_part(
+    run: Run, state: State, buffers: dict[str, Tensor], moved: list[str], weight: Tensor, part: int
+) -> Part:
+    """The graph of the gradient of a part of the batch; it begins with these buffers, of which those named in
+    `moved` carry a derivative."""
+    t = state.step
+    with torch.enable_grad(), refusing(f"step {t}"):
+        params = _leaves(state.params)
+        held = buffers | _leaves({name: buffers[name] for name in moved})
+        weight = weight.detach().requires_grad_()
+        found = gradient_of_part(run, Inputs(params, held, weight), t, part, create_graph=True)
+    return Part(params, {name: held[name] for name in moved}, weight, found)
 
 
 def step_vjp(
@@ -106,7 +154,7 @@ def step_vjp(
     cotangent  that of s_{t+1}; each tensor has a leading axis K
     chunk      how many of the K targets are pulled back at once
     returns    ∂φ/∂s_t in the same form, of the buffers only those that depend on the weights by then,
-               and what the step adds to ∂φ/∂w: (K, B), for batches[t]
+               and what the step adds to ∂φ/∂w: (K, B), for batches[t], or (K, B, L)
     """
     traced = trace(run, state, weights, step=False)
     return traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
@@ -122,45 +170,80 @@ def traced_vjp(
     need no second copy of what is as large as K states. In a row, the update's pull first turns the
     cotangents of (param, slots) after the step into those of before, as far as they go around the gradient;
     then what flows through the gradient is added.
-    """
-    state, t, moved = traced.state, traced.state.step, run.moved(traced.state)
-    updates = _adjoints(run, traced)
-    inputs = [*traced.params.values(), *(traced.buffers[name] for name in moved), traced.weight]
-    outputs = [*traced.grads.values(), *(traced.buffers_after[name] for name in cotangent.buffers)]
-    count = len(next(iter(cotangent.params.values())))
-    to_buffers = {k: state.buffers[k].new_empty(count, *state.buffers[k].shape) for k in moved}
-    scores = traced.weight.new_empty(count, len(traced.weight))
-    fresh = [*to_buffers.values(), scores]
 
-    def through_the_update(rows: slice) -> list[Tensor]:
-        """The first pull, in place on these rows of the cotangent; returns what reaches the outputs."""
-        to_grads = []
+    Where the batch was done in parts, the gradient is a sum, so that its cotangent is that of each part. Only
+    the buffers went from part to part: their cotangents are pulled through the parts, the last one first.
+    """
+    state, count = traced.state, cotangent.targets
+    updates = _adjoints(run, traced)
+    unclip = run.clip.adjoint(traced.grads) if run.clip is not None else None
+
+    def through_the_update(rows: slice) -> dict[str, Tensor]:
+        """The first pull, in place on these rows of the cotangent; returns the gradients' cotangents."""
+        to_grads = {}
         for name, update in updates.items():
             slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
-            to_grads.append(update({"param": cotangent.params[name][rows], **slots}))
-        return to_grads + [c[rows] for c in cotangent.buffers.values()]
+            to_grads[name] = update({"param": cotangent.params[name][rows], **slots})
+        if unclip is not None:
+            unclip(to_grads)
+        return to_grads
 
-    with torch.enable_grad(), refusing(f"step {t}"):
-        for rows, products in pull(outputs, inputs, through_the_update, count, chunk):
-            for name, product in zip(traced.params, products, strict=False):
-                cotangent.params[name][rows].add_(product)
-            for x, product in zip(fresh, products[len(traced.params) :], strict=True):
-                x[rows] = product
+    parts = len(traced.begins)
+    everything = through_the_update(slice(0, count)) if parts > 1 else {}
+    to_buffers, scores = cotangent.buffers, traced.last.weight.new_zeros(count, *traced.last.weight.shape)
+    for part in reversed(range(parts)):
+        here = traced.last
+        if part + 1 < parts:
+            here = trace_part(run, state, *traced.begins[part], traced.last.weight, part)
+
+        grads = [k for k, g in here.gradient.by_name.items() if g is not None]
+        outputs = [*here.outputs, *(here.gradient.buffers[name] for name in to_buffers)]
+
+        def to_outputs(rows: slice, grads=grads, after=to_buffers) -> list[Tensor]:
+            to_grads = {k: c[rows] for k, c in everything.items()} or through_the_update(rows)
+            return [to_grads[k] for k in grads] + [c[rows] for c in after.values()]
+
+        with torch.enable_grad(), refusing(f"step {state.step}"):
+            to_buffers = _pull_part(here, outputs, to_outputs, cotangent, scores, chunk)
     before = {
         name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
         for name, slots in state.slots.items()
     }
-    return Cotangent(cotangent.params, to_buffers, before, t), scores
+    return Cotangent(cotangent.params, to_buffers, before, state.step), scores
+
+
+def _pull_part(
+    part: Part,
+    outputs: list[Tensor],
+    to_outputs: Callable[[slice], list[Tensor]],
+    cotangent: Cotangent,
+    scores: Tensor,
+    chunk: int,
+) -> dict[str, Tensor]:
+    """The second pull, through the graph of a part: adds to the cotangents of the parameters and to the
+    scores, and returns those of the buffers that the part began with."""
+    count = cotangent.targets
+    to_buffers = {k: b.new_empty(count, *b.shape) for k, b in part.buffers.items()}
+    inputs = [*part.params.values(), *part.buffers.values(), part.weight]
+    added = [*(cotangent.params[name] for name in part.params)]
+    for rows, products in pull(outputs, inputs, to_outputs, count, chunk):
+        for x, product in zip(added, products, strict=False):
+            x[rows].add_(product)
+        for x, product in zip(to_buffers.values(), products[len(added) : -1], strict=True):
+            x[rows] = product
+        scores[rows].add_(products[-1])
+    return to_buffers
 
 
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
-    """The adjoint of each parameter's update, at the traced gradients. It has the same bits whether the slots
-    after the update are known from the trace or are computed again."""
+    """The adjoint of each parameter's update, at the gradients that it saw. It has the same bits whether the
+    slots after the update are known from the trace or are computed again."""
     adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
-    after = traced.after.slots if traced.after and traced.same_bits else {}
+    after = traced.after.slots if traced.after and traced.gradient.same_bits else {}
+    seen = run.clip.clip(traced.grads, state.params) if run.clip is not None else traced.grads
     return {
-        k: adjoint(state.params[k], g.detach(), state.slots[k], hyper[run.group_of[k]], after.get(k))
-        for k, g in traced.grads.items()
+        k: adjoint(state.params[k], g, state.slots[k], hyper[run.group_of[k]], after.get(k))
+        for k, g in seen.items()
     }
 
 

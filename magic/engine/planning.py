@@ -11,6 +11,7 @@ a folder.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -269,7 +270,7 @@ def plan_within(
 
 
 def _work(run: Run, targets: int, step: StepCost, measure_bytes: int = 0) -> Work:
-    row_bytes = run.n * torch.finfo(run.dtype).bits // 8
+    row_bytes = math.prod(run.shape) * torch.finfo(run.dtype).bits // 8
     return Work(run.steps, targets, step, row_bytes, measure_bytes)
 
 

@@ -249,7 +249,7 @@ class _Sweeps:
             self.witness.ask(last, directions=2)
         if found.outputs is None:
             found.outputs = measured_outputs(run, final, self.measure)
-            found.values = found.outputs.new_zeros(len(found.outputs), run.n)
+            found.values = found.outputs.new_zeros(len(found.outputs), *run.shape)
         cotangent = measure_vjp(run, final, self.measure, found.rows, chunk)
         if first:
             found.witnessed[T] = check_measure(run, final, self.measure, cotangent, found.rows)

@@ -122,6 +122,6 @@ def _kind(name: str) -> str:
 
 def _rounding(traced: Traced) -> float:
     """The rounding error of the least precise arithmetic in the step: a model may cast to float32 inside."""
-    grads = list(traced.grads.values())
+    grads = traced.last.outputs
     casts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(grads))
     return torch.finfo(torch.float32 if casts else grads[0].dtype).eps

@@ -114,7 +114,7 @@ def _held(run: Run, state: State, together: int) -> _Held:
         pull = partial(traced_vjp, run, traced, _ones(traced.after, together))
         _, _, pull_bytes = footprint.measured(pull, run.device)
     batched = not any("one by one" in str(w.message) for w in caught)
-    convolves = any("Conv" in node.name() for node in graph_nodes(list(traced.grads.values())))
+    convolves = any("Conv" in node.name() for node in graph_nodes(traced.last.outputs))
     return _Held(trace_bytes, pull_bytes // together, batched, convolves)
 
 

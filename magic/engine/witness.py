@@ -92,6 +92,7 @@ def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
     """
     t = state.step
     shadow = copy.copy(run)
+    shadow.accumulate = 1  # a sum of gradients has the derivative of its terms
     shadow.network = Network(clean_copy(run.network.module).double())
     shadow.data = each(lambda x: in_double(x[:examples]), run.batch(t))
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]

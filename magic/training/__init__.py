@@ -9,9 +9,10 @@ sgd, adam, rmsprop    the optimizers: each rule as a pure function, its adjoint 
 optim             the user's optimizer, read: its rule, and the parameters that it trains
 hypers            the hyper-parameters of each step, read from optimizer and scheduler
 network           the model as a function of the tensors in it
+clipping          gradients that are clipped before the optimizer sees them, and the adjoint of that
 gradient          what a step minimises, and its gradient
 arguments         what a Run refuses of models, losses and measures
-examples          the data, the batches and the indices that a user gives, and what is refused of them
+examples          the data, batches, weights and indices that a user gives, and what is refused of them
 dataset_identity  a digest of a Dataset's items
 run_identity      what a run is: everything that its bits depend on
 hidden_state      what a model or a loss may remember outside its arguments

@@ -204,6 +204,19 @@ def check_leaves(params: dict[str, Tensor], t: int) -> None:
             )
 
 
+def check_all_held(clip, model: nn.Module, held) -> None:
+    """Raise ValueError if gradients are clipped by norm and one is taken that the optimizer does not hold.
+
+    In the plain loop such a gradient counts in the norm, and nothing sets it back to zero.
+    """
+    for name, p in model.named_parameters():
+        if clip is not None and clip.kind == "norm" and p.requires_grad and p.numel() and name not in held:
+            raise ValueError(
+                f"clip= goes by the norm of all gradients, and {name!r} has one without being held by the "
+                "optimizer: freeze it (requires_grad_(False)), or give it to the optimizer"
+            )
+
+
 def check_unwritten(params: dict[str, Tensor], versions: list[int], t: int) -> None:
     """Raise ValueError if step t has written into a parameter in place since these were the versions."""
     for (name, p), version in zip(params.items(), versions, strict=True):
@@ -224,13 +237,21 @@ def check_moved(name: str, after: Tensor) -> Tensor:
     return after
 
 
-def check_losses(losses, count: int, t: int) -> None:
-    """Raise unless step t has `count` losses, in float32 or float64, that depend on parameters."""
-    if not isinstance(losses, Tensor) or losses.shape != (count,):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+def check_losses(losses, count: int, tokens: int | None, t: int) -> None:
+    """Raise unless step t has `count` losses, in float32 or float64, that depend on parameters: one for each
+    example, or for each of `tokens` tokens. None for `tokens` means that it is not known yet which."""
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else ()
+    fits = shape == ((count, tokens) if tokens else (count,))
+    if not fits and not (tokens is None and len(shape) == 2 and shape[0] == count and shape[1] > 0):
+        given = shape if isinstance(losses, Tensor) else type(losses).__name__
+        if tokens:
+            raise ValueError(
+                f"step {t}: loss returned {given}; in step 0 it returned one number for each of {tokens} "
+                f"tokens, so here it must be {(count, tokens)}: pad the examples to one length"
+            )
         raise ValueError(
-            f"step {t}: loss returned {shape}; it must return one number per example, ({count},): "
-            'use reduction="none"'
+            f"step {t}: loss returned {given}; it must return one number per example, ({count},), or one "
+            f'per token, ({count}, L), where data weights are to be per token: use reduction="none"'
         )
     if losses.dtype not in (torch.float32, torch.float64):
         raise TypeError(

@@ -166,16 +166,18 @@ def numerics() -> dict[str, object]:
     }
 
 
-def seed_step(seed: int, t: int) -> None:
-    """Seed torch for training step t of the run with this seed.
+def seed_step(seed: int, t: int, part: int = 0) -> None:
+    """Seed torch for training step t of the run with this seed, or for a later part of its batch.
 
     Dropout and every other use of torch's random numbers in step t is then a function of (seed, t):
     the step can be replayed without remembering a generator's state. A plain loop that calls
-    `seed_step(seed, t)` at the top of step t draws the same numbers as `magic.Run(..., seed=seed)`.
+    `seed_step(seed, t)` at the top of step t draws the same numbers as `magic.Run(..., seed=seed)`; one that
+    accumulates the gradients of several parts of a batch calls `seed_step(seed, t, part)` before each.
     """
-    # (seed, t) is made one number, which is mixed by the first and the last of the three steps of splitmix64
-    # (Steele et al. 2014), so that neighbouring (seed, t) give unrelated generators.
-    z = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
+    # (seed, t, part) is made one number, which is mixed by the first and the last of the three steps of
+    # splitmix64 (Steele et al. 2014), so that neighbouring ones give unrelated generators.
+    z = seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03 + part * 0xABC98388FB8FAC03
+    z = (z + 0x632BE59BD9B4E019) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z ^= z >> 31
     # torch.manual_seed would do the same, but it formats a stack trace in each call while CUDA is unused.

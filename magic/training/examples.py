@@ -5,7 +5,7 @@ What a run cannot take is refused with a message that says what is wrong, where,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -124,6 +124,41 @@ def check_batches(batches, n: int) -> list[Tensor]:
                 f"batches[{t}] asks for example {low if low < 0 else high}; data has 0 … {n - 1}"
             )
     return [indices.to(torch.int64) for indices in checked]
+
+
+def checked_weights(run, weights, allow_negative: bool) -> Tensor:
+    """What `Run.weights` returns. Raises ValueError for another shape, and for numbers that are not finite,
+    or that are negative and not allowed to be."""
+    if weights is None or isinstance(weights, (int, float)):
+        value = 1.0 if weights is None else float(weights)
+        weights = torch.full(run.shape, value, dtype=run.dtype, device=run.device)
+    if not isinstance(weights, Tensor):
+        weights = torch.as_tensor(weights, device=run.device)
+    weights = weights.detach().to(run.device, run.dtype, copy=True)
+    if run.tokens and weights.shape == (run.n,):
+        weights = weights[:, None].repeat(1, run.tokens)
+    if weights.shape != run.shape:
+        more = f"; one per token is {run.shape}" if run.tokens else ""
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({run.n},){more}")
+    if not weights.isfinite().all():
+        raise ValueError(f"weights{(~weights.isfinite()).nonzero()[0].tolist()} is not finite")
+    if not allow_negative and (weights < 0).any():
+        raise ValueError(
+            f"weights{(weights < 0).nonzero()[0].tolist()} is negative, which trains away from an "
+            "example; if that is meant, pass allow_negative=True to run.train"
+        )
+    return weights
+
+
+def check_accumulate(accumulate: int, batches: Sequence[Tensor]) -> None:
+    """Raise unless every batch divides into `accumulate` parts of one length."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r}: in how many parts each batch is done; 1 is all at once")
+    for t, indices in enumerate(batches):
+        if len(indices) % accumulate:
+            raise ValueError(
+                f"accumulate={accumulate} does not divide batches[{t}], which has {len(indices)} examples"
+            )
 
 
 def check_indices(indices: Iterable[int] | int, n: int) -> Tensor:

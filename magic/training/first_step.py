@@ -50,9 +50,10 @@ class _Watching(TorchFunctionMode):
         return out
 
 
-def first_step(run, model: nn.Module) -> None:
+def first_step(run, model: nn.Module) -> int:
     """Try the first step of `run`; `model` is the user's own, which it must not reach.
 
+    Returns L where the loss gives a number for each of L tokens, and 0 where it gives one for each example.
     Raises ValueError, TypeError or NotDeterministic, naming what makes the run not a function.
     """
     start, before = run.initial, (run.initial.fingerprint(), fingerprints.fingerprint(run.network.module))
@@ -61,7 +62,7 @@ def first_step(run, model: nn.Module) -> None:
         determinism.refusing_nondeterminism(),
         checkpointing.refusing_reentrant(),
     ):
-        states = _three_times(run, model)
+        states, losses = _three_times(run, model)
     if before != (start.fingerprint(), fingerprints.fingerprint(run.network.module)):
         raise ValueError(
             "the model changes its parameters or buffers in place, behind autograd's back, during the "
@@ -73,10 +74,11 @@ def first_step(run, model: nn.Module) -> None:
                 f"the same step gave two values of {name!r}: it uses random numbers that are not torch's "
                 "(numpy's, Python's, the clock), which cannot be replayed, or remembers earlier calls"
             )
+    return losses[1] if len(losses) == 2 else 0
 
 
-def _three_times(run, model: nn.Module) -> tuple[State, State, State]:
-    """The state after the first step, by three tries of it.
+def _three_times(run, model: nn.Module) -> tuple[tuple[State, State, State], tuple[int, ...]]:
+    """The state after the first step, by three tries of it; and the shape of its losses.
 
     The first try begins with what the modules kept when the run was made, the other two with what the try
     before has left. So a module that remembers shows either between the first two or between the last two.
@@ -109,7 +111,7 @@ def _three_times(run, model: nn.Module) -> tuple[State, State, State]:
     for name, value in _hidden_state(run).items():
         if after.get(name, value) != value:
             raise _remembers(name)
-    return first, second, third
+    return (first, second, third), gradient.losses
 
 
 def _hidden_state(run) -> dict[str, object]:

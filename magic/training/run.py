@@ -24,9 +24,9 @@ from ..identity import fingerprints
 from ..kernels.graph import uses
 from ..kernels.replace import measuring
 from ..show import bar
-from . import arguments, determinism, examples, finite, hypers, optim, run_identity
+from . import arguments, clipping, determinism, examples, finite, hypers, optim, run_identity
 from .first_step import first_step
-from .gradient import Gradient, gradient, total
+from .gradient import Gradient, Inputs, gradient, total
 from .network import Network
 from .record import Passed
 from .state import State
@@ -49,6 +49,13 @@ class Run:
     normalize  "batch": Σ wᵢℓᵢ / B with B the batch's size, as in MAGIC.
                "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
     seed       every random number that step t draws is a function of (seed, t)
+    clip       the largest norm of all gradients together, as torch.nn.utils.clip_grad_norm_ has it, or
+               ("value", c), as clip_grad_value_; between backward() and optimizer.step()
+    accumulate   in how many parts of one length each batch is done, one after the other. Their gradients add
+               up, as those of (loss(model, *part).mean() / accumulate).backward(); memory is that of one part
+
+    Where loss returns (B, L), a number for each token, the data weights and scores are for tokens, (n, L) and
+    (K, n, L), and the plain loop is that of loss(model, *batch).sum() / B.
 
     Creating a Run tries its first step three times, so that a mistake shows here and not after an hour.
     """
@@ -64,6 +71,8 @@ class Run:
         *,
         normalize: str = "batch",
         seed: int = 0,
+        clip: float | tuple[str, float] | None = None,
+        accumulate: int = 1,
     ):
         if normalize not in ("batch", "weights"):
             raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
@@ -74,6 +83,9 @@ class Run:
         self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed = loss, normalize, seed
+        self.clip, self.accumulate, self.tokens = clipping.read(clip), accumulate, None
+        examples.check_accumulate(accumulate, self.batches)
+        arguments.check_all_held(self.clip, model, self.group_of)
         self.network = Network(arguments.frozen_copy(model, keep=self.group_of))
         named = dict(self.network.module.named_parameters())
         first = named[next(iter(self.group_of))]
@@ -84,7 +96,7 @@ class Run:
         self.initial = State(params, buffers, {name: {} for name in params}, moved=frozenset())
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._outside = weakref.WeakValueDictionary(model.named_parameters())
-        first_step(self, model)
+        self.tokens = first_step(self, model)
 
     # -- what a user calls -------------------------------------------------------------------------
 
@@ -93,8 +105,15 @@ class Run:
         """T, the number of training steps."""
         return len(self.batches)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n,), the shape of the data weights; (n, L) where each token has one."""
+        return (self.n, self.tokens) if self.tokens else (self.n,)
+
     def train(self, weights=None, *, progress: bool = True, allow_negative: bool = False) -> State:
-        """f(w): the final state. `weights` is (n,), or one number for all; None means 1.
+        """f(w): the final state. `weights` are (n,), or one number for all; None means 1.
+
+        Where each token has a weight they are (n, L), or (n,) for all the tokens of each example.
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
         earlier training of this Run with these weights was in another state at a step compared.
@@ -122,23 +141,9 @@ class Run:
         return model.eval()
 
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
-        """Data weights as an (n,) tensor on the run's device, checked. None is 1; a number fills it."""
-        if weights is None or isinstance(weights, (int, float)):
-            value = 1.0 if weights is None else float(weights)
-            weights = torch.full((self.n,), value, dtype=self.dtype, device=self.device)
-        if not isinstance(weights, Tensor):
-            weights = torch.as_tensor(weights, device=self.device)
-        weights = weights.detach().to(self.device, self.dtype, copy=True)
-        if weights.shape != (self.n,):
-            raise ValueError(f"weights have shape {tuple(weights.shape)}; one per example is ({self.n},)")
-        if not weights.isfinite().all():
-            raise ValueError(f"weights[{(~weights.isfinite()).nonzero()[0].item()}] is not finite")
-        if not allow_negative and (weights < 0).any():
-            raise ValueError(
-                f"weights[{(weights < 0).nonzero()[0].item()}] is negative, which trains away from an "
-                "example; if that is meant, pass allow_negative=True to run.train"
-            )
-        return weights
+        """Data weights as a tensor of the run's `shape` on its device, checked. None is 1; a number fills
+        it."""
+        return examples.checked_weights(self, weights, allow_negative)
 
     @determinism.in_turn
     def identity(self, fresh: bool = False) -> dict[str, str]:
@@ -160,16 +165,22 @@ class Run:
 
     def __repr__(self) -> str:
         count, kind = sum(p.numel() for p in self.initial.params.values()), type(self.network.module)
+        tokens = f"L={self.tokens:,}, " if self.tokens else ""
         return (
-            f"Run({kind.__name__}, {count:,} parameters, n={self.n:,}, T={self.steps:,}, "
+            f"Run({kind.__name__}, {count:,} parameters, n={self.n:,}, {tokens}T={self.steps:,}, "
             f"B={len(self.batches[0])}, {self.rule.__name__}, normalize={self.normalize!r}, {self.dtype})"
         )
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def batch(self, t: int) -> tuple[Tensor, ...]:
-        """The examples of step t, on the model's device."""
-        indices = self.batches[t]
+    def part(self, t: int, part: int) -> slice:
+        """The places in the batch of step t of those examples that are in this part of it."""
+        size = len(self.batches[t]) // self.accumulate
+        return slice(part * size, (part + 1) * size)
+
+    def batch(self, t: int, part: int | None = None) -> tuple[Tensor, ...]:
+        """The examples of step t, or those of a part of its batch, on the model's device."""
+        indices = self.batches[t] if part is None else self.batches[t][self.part(t, part)]
         if isinstance(self.data, tuple):
             return examples.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
         batch = examples.collated(self.data, indices.tolist())
@@ -179,12 +190,12 @@ class Run:
     def gradient(
         self, params: dict, buffers: dict, weight: Tensor, t: int, create_graph: bool = False
     ) -> Gradient:
-        """The gradient of step t's weighted loss; `weight` is (B,), the data weights of the batch.
+        """The gradient of step t's weighted loss; `weight` are the data weights of the batch, (B,) or (B, L).
 
         Training calls this to step; the adjoint calls it with create_graph, to linearise. So there is one
         definition of what a step minimises.
         """
-        return gradient(self, params, buffers, weight, t, create_graph)
+        return gradient(self, Inputs(params, buffers, weight), t, create_graph)
 
     def total(self, state: State, weights: Tensor) -> float:
         """The weighted loss of the step at `state`, with training's bits."""
@@ -229,7 +240,7 @@ class Run:
     def moved_on(
         self, state: State, weight: Tensor, gradient: Gradient, passed: Passed | None = None
     ) -> State:
-        """s_{t+1}, from the gradient at s_t: the optimizer's update, and the buffers."""
+        """s_{t+1}, from the gradient at s_t: clipping, the optimizer's update, and the buffers."""
         t, total, grads = state.step, gradient.total, gradient.by_name
         if all(grad is None for grad in grads.values()):
             raise ValueError(
@@ -240,6 +251,9 @@ class Run:
             raise finite.why(self, state, weight, total)
         if passed is not None:
             passed.witness(t, total.item())
+        if self.clip is not None:
+            used = {name: grad for name, grad in grads.items() if grad is not None}
+            grads = {**grads, **self.clip.clip(used, state.params)}
         params, slots, hyper = dict(state.params), dict(state.slots), self.hypers[t]
         for name, grad in grads.items():
             if grad is None:  # not used in this step: PyTorch's optimizers pass it over, too

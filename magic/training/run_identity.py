@@ -20,6 +20,10 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
         "the order of the batches": [fingerprints.fingerprint(b) for b in run.batches],
         "normalize or seed": (run.normalize, run.seed),
     }
+    if (
+        run.clip is not None or run.accumulate > 1
+    ):  # a part only where there is one: older banks know no other
+        parts["clip or accumulate"] = (run.clip, run.accumulate)
     if isinstance(run.data, tuple):
         parts["the data"] = [fingerprints.fingerprint(x) for x in run.data]
     found = {name: fingerprints.digest(repr(part)) for name, part in parts.items()}

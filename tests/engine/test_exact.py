@@ -64,8 +64,9 @@ def test_against_a_full_unroll(name, normalize):
     scores = magic.attribute(run, measure, at=at, plan=magic.plan(run, states=3), progress=False)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
         truth = unroll(
-            model, optimizer, scheduler, run.data, cases.loss, cases.order(), measure, at, run.seed, normalize
-        )
+            model, optimizer, scheduler, run.data, cases.loss, cases.order(), measure, at, run.seed,
+            normalize, clip=run.clip and (run.clip.kind, run.clip.limit), accumulate=run.accumulate,
+        )  # fmt: skip
     assert truth.norm() > 1e-6, "degenerate: no influence at all"
     error = ((scores.values - truth).norm() / truth.norm()).item()
     print(f"{name:<24} {error:.1e}")

@@ -269,7 +269,7 @@ def test_the_witness_compares_the_last_target_with_itself_alone(monkeypatch, wro
 
     monkeypatch.setattr(listeners, "traced_vjp", traced_vjp)
     traced = traced_at(3)
-    traced.grads = {"p": torch.ones(2, requires_grad=True) * 1.0}
+    traced.last = SimpleNamespace(outputs=[torch.ones(2, requires_grad=True) * 1.0])
     before = cotangent_of([1.0, 2.0], [3.0, 4.0])
     witness.pulling(traced, before)
     assert before.params["p"].tolist() == [[1.0, 2.0], [3.0, 4.0]], "it looked at a copy"

@@ -26,6 +26,7 @@ ORDER = [
     "training.determinism", "training.hidden_state", "training.arguments", "training.examples",
     "training.dataset_identity", "training.order", "training.state", "training.record", "training.finite",
     "training.update", "training.sgd", "training.adam", "training.rmsprop", "training.optim",
+    "training.clipping",
     "training.hypers", "training.network", "training.gradient", "training.first_step",
     "training.run_identity", "training.run",
     "engine.refusals", "engine.vjp", "engine.adjoint", "engine.finite_difference", "engine.witness",
@@ -70,11 +71,11 @@ CORE = [
     "training.run", "engine.vjp", "engine.adjoint", "engine.actions", "engine.schedule", "engine.store",
     "engine.replay",
 ]  # fmt: skip
-CORE_LINES = 900  # of code
+CORE_LINES = 1000  # of code
 # What a user may ask for is said argument by argument, since an editor shows it so; and what stands in the
 # place of a function of PyTorch's has its signature.
 MORE_PARAMETERS = {
-    "attribution.attribute": 9, "training.run.__init__": 8, "evidence.outputs.outputs": 7,
+    "attribution.attribute": 9, "training.run.__init__": 10, "evidence.outputs.outputs": 7,
     "evidence.comparison.lds": 7, "engine.planning.plan": 7,
     "kernels.batch_norm.batch_norm": 8, "kernels.replace._torch_batch_norm": 9,
     "kernels.pooling.avg_pool2d": 7, "kernels.convolution.conv": 7, "kernels.attention.attention": 8,

@@ -226,6 +226,14 @@ CASES = {
     "tied-embedding": Case(lambda: Words(tied=True), adam()),
     "untouched-embedding": Case(lambda: Words(tied=False), adamw()),
     "frozen-and-unused": Case(Partly, adam(weight_decay=0.1)),
+    # of the 16 steps, gradients are clipped in some
+    "clip-partly": Case(mlp, sgd(momentum=0.9), options={"clip": 0.55}),
+    "clip-always": Case(mlp, adamw(), one_cycle, options={"clip": 0.1}),
+    "clip-value": Case(mlp, sgd(), options={"clip": ("value", 0.05)}),
+    "clip-unused": Case(Partly, adam(weight_decay=0.1), options={"clip": 0.3}),
+    "accumulate": Case(dropout_mlp, adamw(), options={"accumulate": 5, "seed": 5}),
+    "accumulate-batchnorm": Case(batch_norm_mlp, sgd(momentum=0.9), options={"accumulate": 2}),
+    "accumulate-now-and-then": Case(NowAndThen, sgd(momentum=0.9), options={"accumulate": 2, "clip": 0.5}),
 }
 
 
@@ -261,15 +269,25 @@ def build(name, dtype=torch.float64, device="cpu", **options):
     return run, model, optimizer, scheduler
 
 
+def clip(run, model):
+    """What a user would write between backward() and optimizer.step()."""
+    if run.clip is not None and run.clip.kind == "norm":
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip.limit)
+    elif run.clip is not None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), run.clip.limit)
+
+
 def plain_loop(run, model, optimizer, scheduler):
     """What a user would write; the model that comes out is the truth."""
     for group in optimizer.param_groups:
         group["foreach"] = False  # on CUDA PyTorch would choose other kernels
     x, y = run.data
     for t, indices in enumerate(order()):
-        seed_step(run.seed, t)
         optimizer.zero_grad()
-        loss(model, x[indices.to(x.device)], y[indices.to(x.device)]).mean().backward()
+        for part, some in enumerate(indices.to(x.device).chunk(run.accumulate)):
+            seed_step(run.seed, t, part)
+            (loss(model, x[some], y[some]).mean() / run.accumulate).backward()
+        clip(run, model)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

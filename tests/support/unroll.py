@@ -104,9 +104,22 @@ class Bound(nn.Module):
         return f(self.model, *args)
 
 
+def clipped(grads, clip):
+    """Pascanu et al. 2013, algorithm 1; with the 1e-6 of PyTorch. `clip` is ("norm" or "value", limit)."""
+    kind, limit = clip
+    if kind == "value":
+        return [
+            g if g is None else torch.where(g > limit, limit, torch.where(g < -limit, -limit, g))
+            for g in grads
+        ]
+    norm = sum((g**2).sum() for g in grads if g is not None) ** 0.5
+    return [g if g is None or norm + 1e-6 < limit else g * limit / (norm + 1e-6) for g in grads]
+
+
 def unroll(
-    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", along=None
-):
+    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", along=None,
+    clip=None, accumulate=1,
+):  # fmt: skip
     """(K, n): the metagradient, by autograd through every step at once; with `along`, (n,), its derivative
     in that direction, by autograd through that."""
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -118,13 +131,17 @@ def unroll(
     update = next(rule for kind, rule in TEXTBOOK.items() if isinstance(optimizer, kind))
     weights = weights.clone().requires_grad_()
     for t, indices in enumerate(batches):
-        seed_step(seed, t)
-        held = {**params, **buffers}
-        losses = functional_call(bound, held, (loss, *(x[indices] for x in data)))
-        buffers = {k: held[k] for k in buffers}
-        w = weights[indices]
-        total = (w * losses).sum() / (len(w) if normalize == "batch" else w.sum())
+        total, whole = 0.0, weights[indices]
+        for part, some in enumerate(indices.chunk(accumulate)):
+            seed_step(seed, t, part)
+            held = {**params, **buffers}
+            losses = functional_call(bound, held, (loss, *(x[some] for x in data)))
+            buffers = {k: held[k] for k in buffers}
+            total = total + (weights[some] * losses).sum() / (
+                len(whole) if normalize == "batch" else whole.sum()
+            )
         grads = torch.autograd.grad(total, list(params.values()), create_graph=True, allow_unused=True)
+        grads = clipped(grads, clip) if clip else grads
         for k, g in zip(list(params), grads, strict=True):
             if g is not None:
                 h = optimizer.param_groups[group_of[k.removeprefix("model.")]]

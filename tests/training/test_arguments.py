@@ -74,7 +74,8 @@ def test_batches_function():
     ("loss", "error", "says"),
     [
         (lambda m, x, y: F.cross_entropy(m(x), y), ValueError, 'reduction="none"'),
-        (lambda m, x, y: m(x), ValueError, r"\(10, 3\)"),
+        (lambda m, x, y: m(x)[None], ValueError, r"\(1, 10, 3\)"),
+        (lambda m, x, y: m(x)[1:], ValueError, r"\(9, 3\)"),
         (lambda m, x, y: cases.loss(m, x, y)[:-1], ValueError, r"\(9,\)"),
         (lambda m, x, y: 3.0, ValueError, "float"),
         (lambda m, x, y: cases.loss(m, x, y) * float("nan"), magic.NonFinite, "step 0.*per-example loss"),
