@@ -36,9 +36,10 @@ class Attribution(Table):
     """Scores of n training examples for K measured outputs, and what they predict.
 
     values   (K, n): ∂φ_k/∂w_i, or its mean over several points, in the unit of output k for one whole
-             example. Where it is negative, more of example i makes output k smaller
+             example. Where it is negative, more of example i makes output k smaller. Where each token has a
+             weight they are (K, n, L), and `per_example()` has their sums over L
     outputs  (K,): φ at `at`; of a mean over subsets, the mean of φ
-    at       (n,): the data weights that predictions start from
+    at       (n,) or (n, L): the data weights that predictions start from
     run, measure   what was attributed; None after `load` unless given there
     plan     what the replay kept and repeated
     health   how far the scores can be trusted
@@ -72,11 +73,11 @@ class Attribution(Table):
         if self.measure is not None and self.measure_parts is None:
             self.measure_parts = parts.of_callable(self.measure, "measure").parts
         self.made = self.made or time.strftime("%Y-%m-%d %H:%M")
-        k, n = self.values.shape if self.values.dim() == 2 else (None, None)
-        if k is None or self.outputs.shape != (k,) or self.at.shape != (n,):
+        shape = self.values.shape
+        if len(shape) not in (2, 3) or self.outputs.shape != shape[:1] or self.at.shape != shape[1:]:
             raise ValueError(
-                f"values must be (K, n), outputs (K,) and at (n,); they are {tuple(self.values.shape)}, "
-                f"{tuple(self.outputs.shape)} and {tuple(self.at.shape)}"
+                "values must be (K, n) or (K, n, L), outputs (K,) and at (n,) or (n, L); they are "
+                f"{tuple(shape)}, {tuple(self.outputs.shape)} and {tuple(self.at.shape)}"
             )
 
     @property
@@ -92,7 +93,19 @@ class Attribution(Table):
         Raises IndexError for an index out of range and ValueError for one given twice.
         """
         indices = check_indices(without, self.values.shape[1])
-        return -self.values[:, indices.to(self.values.device)].sum(dim=1)
+        return -self.values[:, indices.to(self.values.device)].flatten(1).sum(dim=1)
+
+    def per_example(self) -> Attribution:
+        """Scores of whole examples, (K, n): sums over the tokens of each. Others are returned as they are.
+
+        That is the derivative in a weight that all tokens of an example have in common. Raises ValueError
+        where the derivative was taken at a point at which they have none.
+        """
+        if self.at.dim() == 1:
+            return self
+        if (self.at != self.at[:, :1]).any():
+            raise ValueError("the scores were taken where tokens of one example have different weights")
+        return dataclasses.replace(self, values=self.values.sum(2), at=self.at[:, 0], verification=None)
 
     def effect(self, weights: Tensor) -> Tensor:
         """(K,), or (S, K) for weights (S, n): predicted change against w = 1, predict(weights) − predict(1).
@@ -104,21 +117,26 @@ class Attribution(Table):
     def predict(self, weights: Tensor) -> Tensor:
         """(K,), or (S, K) for weights (S, n): predicted outputs at these data weights, to first order.
 
-        Raises ValueError for weights of another shape.
+        Scores of tokens take weights (n, L) or (S, n, L), too; of weights (n,) all tokens of an example have
+        the same. Raises ValueError for weights of another shape.
         """
-        weights, n = torch.as_tensor(weights).to(self.values), len(self.at)
-        if weights.dim() not in (1, 2) or weights.shape[-1] != n:
-            raise ValueError(f"weights have shape {tuple(weights.shape)}; they must be ({n},) or (S, {n})")
-        moved = weights - self.at.to(self.values)
-        return self.outputs + moved @ self.values.T
+        weights, shape = torch.as_tensor(weights).to(self.values), tuple(self.at.shape)
+        if len(shape) == 2 and weights.shape != shape and weights.shape[-1:] == shape[:1]:
+            weights = weights.unsqueeze(-1).expand(*weights.shape, shape[1])
+        if weights.dim() - len(shape) not in (0, 1) or weights.shape[-len(shape) :] != shape:
+            told = ", ".join(map(str, shape))
+            one = f"({told},)" if len(shape) == 1 else f"({told})"
+            raise ValueError(f"weights have shape {tuple(weights.shape)}; they must be {one} or (S, {told})")
+        moved = (weights - self.at.to(self.values)).flatten(-len(shape))
+        return self.outputs + moved @ self.values.flatten(1).T
 
     def cosine(self, other: Attribution) -> Tensor:
         """(K,): cosine of these scores with other ones, after each has been freed of its mean.
 
         It is the correlation of their predictions over random sets of one size.
         """
-        a, b = (x.values.double() - x.values.double().mean(1, keepdim=True) for x in (self, other))
-        return torch.cosine_similarity(a, b)
+        a, b = (x.values.double().flatten(1) for x in (self, other))
+        return torch.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
 
     def like(self, values: Tensor) -> Attribution:
         """Other scores, (K, n), for the same run and outputs, such as those of another method.
@@ -148,7 +166,7 @@ class Attribution(Table):
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one example")
         pd = needs("pandas", "notebooks")
-        scores = self.values[target].detach().cpu()
+        scores = self.per_example().values[target].detach().cpu()
         order = scores.argsort(stable=True).tolist()
         chosen = [("helpful", i) for i in order[:k] if scores[i] < 0]
         chosen += [("harmful", i) for i in order[::-1][:k] if scores[i] > 0]
@@ -187,11 +205,12 @@ class Attribution(Table):
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: sizes, the point, the range of the scores, and cost and health where they are known."""
-        k, n = self.values.shape
+        k, n, *tokens = self.values.shape
         low, high = self.values.min().item(), self.values.max().item()
         rows = [
             ("measured outputs K", f"{k:,}"),
             ("training examples n", f"{n:,}"),
+            *(("tokens of each L", f"{length:,}") for length in tokens),
             ("derivative taken at", self.point or describe(self.at)),
             ("scores from … to", f"{low:.3g} … {high:.3g}"),
         ]
@@ -218,7 +237,7 @@ def attribute(
 
     measure  trained model -> (K,) numbers, for example each test example's loss. It sees the model in
              eval mode. Of the K, as many are differentiated together as `memory` allows
-    at       where to differentiate: None for w = 1, a number for all examples, an (n,) tensor, or
+    at       where to differentiate: None for w = 1, a number for all examples, an (n,) or (n, L) tensor, or
              "full", "centre", "path", "average" of `magic.points`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost
     progress prints what the replay will keep and repeat before it starts, and shows a bar

@@ -49,8 +49,9 @@ class Points:
 
 
 def describe(weights: Tensor) -> str:
-    """These weights, (n,), in words."""
-    return f"w = {weights[0].item():g}" if (weights == weights[0]).all() else "w, a vector"
+    """These weights in words."""
+    first = weights.flatten()[0]
+    return f"w = {first.item():g}" if (weights == first).all() else "w, a vector"
 
 
 def points_of(run: Run, at: Tensor | float | str | Points | None, drop: float | None = None) -> Points:

@@ -86,3 +86,26 @@ def without(n: int, removed: Iterable) -> Tensor:
     for row, examples in zip(weights, removed, strict=True):
         row[check_indices(examples, n)] = 0.0
     return weights
+
+
+def spans(shape: tuple[int, int], removed: Iterable[Iterable[tuple[int, int, int]]]) -> Tensor:
+    """(S, n, L): row s leaves out the tokens in removed[s], for runs whose data weights are per token.
+
+    shape     (n, L), such as `run.shape`
+    removed   for each row (example, start, stop) of spans; token `stop` stays
+
+    Raises IndexError for an example or a token that there is not, ValueError for a span without a token.
+    """
+    removed = [list(spans) for spans in removed]
+    n, length = shape
+    weights = torch.ones(len(removed), n, length, device="cpu")
+    for row, spans in zip(weights, removed, strict=True):
+        for example, start, stop in spans:
+            if not (0 <= example < n and min(start, stop) >= 0 and max(start, stop) <= length):
+                raise IndexError(
+                    f"tokens {start} … {stop} of example {example}: there are {n} examples of {length} tokens"
+                )
+            if start >= stop:
+                raise ValueError(f"({example}, {start}, {stop}) is a span without a token")
+            row[example, start:stop] = 0.0
+    return weights

@@ -45,6 +45,8 @@ class Health(Table):
     sized      the same for sizes: the largest share up to which R² may be at least one half
     witnessed  step -> relative difference between the derivative of the step and a finite difference of
                it; None where none was steady. The measure's is under the key T
+    clipped    at how many steps gradients were clipped; None for a run without clipping. Where removing
+               examples would turn it on or off at a step, that step has a kink in between
     """
 
     steps: int
@@ -53,6 +55,7 @@ class Health(Table):
     witnessed: dict[int, float | None]
     trusted: float | None = None
     sized: float | None = None
+    clipped: int | None = None
 
     def note(self) -> dict:
         """What JSON can keep of it; `of` reads it."""
@@ -64,8 +67,10 @@ class Health(Table):
         sizes = tuple((int(t), tuple(map(float, row))) for t, row in note["sizes"])
         witnessed = {int(t): None if d is None else float(d) for t, d in note["witnessed"]}
         shares = (note["trusted"], note.get("sized"))  # older files have no `sized`
-        reach = (None if share is None else float(share) for share in shares)
-        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, *reach)
+        trusted, sized = (None if share is None else float(share) for share in shares)
+        clipped = note.get("clipped")
+        clipped = None if clipped is None else int(clipped)
+        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, trusted, sized, clipped)
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -160,6 +165,11 @@ class Health(Table):
                 "derivatives compared",
                 f"{len(known)} with finite differences"
                 + (f"; the largest difference, {worst[1]:.0e}, at {self._where(worst[0])}" if worst else ""),
+            ),
+            *(
+                [("gradients clipped", f"in {self.clipped:,} of {self.steps:,} steps")]
+                if self.clipped is not None
+                else []
             ),
             *self._reach,
             ("problems", "; ".join(self.problems) or "none seen"),

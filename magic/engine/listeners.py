@@ -103,6 +103,17 @@ class Sizes(Listener):
             self.sizes.setdefault(traced.state.step, []).extend(squares.sqrt().tolist())
 
 
+class Clipped(Listener):
+    """Notes at which steps gradients were clipped."""
+
+    def __init__(self, run: Run, steps: set[int]):
+        self.clip, self.steps = run.clip, steps
+
+    def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
+        if self.clip is not None and self.clip.on(traced.grads):
+            self.steps.add(traced.state.step)
+
+
 class Notes(Listener):
     """Notes in a folder, now and then, how far the work is: a state on the way down, the cotangent and all
     that was found on the way back.

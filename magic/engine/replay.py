@@ -30,7 +30,7 @@ from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import health
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
-from .listeners import Bar, Listener, Notes, Scores, Several, Sizes, Witness
+from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness
 from .measure_witness import check_measure
 from .measuring import measured_outputs
 from .places import Host
@@ -189,6 +189,7 @@ class _Sweeps:
             passed.adopt(*folder.passed())
         self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed)
         self.listeners = [self.witness, Scores(self.run, self.found), Sizes(self.run.steps, self.found.sizes)]
+        self.listeners.append(Clipped(self.run, self.found.clipped))
         if folder:
             self.listeners.append(Notes(folder, passed, self.found))
         self.peak_states, self.peak_bytes = [0, 0, 0], [0, 0, 0]
@@ -208,7 +209,8 @@ class _Sweeps:
                 self.make_one()
         assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
         sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
-        seen = health.Health(run.steps, sizes, passed.verified, found.witnessed)
+        clipped = None if run.clip is None else len(found.clipped)
+        seen = health.Health(run.steps, sizes, passed.verified, found.witnessed, clipped=clipped)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
         return Replay(found.values, found.outputs, self.plan, seen, *peaks)
 

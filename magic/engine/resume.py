@@ -56,6 +56,7 @@ class Progress:
     witnessed  step -> how far the derivative was from a finite difference there, None where that cannot
              be told
     verified   how many states were compared with what training noted
+    clipped    the steps whose gradients were clipped, of those pulled back so far
     """
 
     values: Tensor | None
@@ -66,6 +67,7 @@ class Progress:
     sizes: dict[int, list[float]] = field(default_factory=dict)
     witnessed: dict[int, float | None] = field(default_factory=dict)
     verified: int = 0
+    clipped: set[int] = field(default_factory=set)
 
 
 class Directory:
@@ -162,6 +164,7 @@ class Directory:
             rows, sizes = [progress.rows.start, progress.rows.stop], list(progress.sizes.items())
             meta: dict[str, Any] = {"rows": rows, "t": progress.t, "sizes": sizes}
             meta |= {"verified": progress.verified, "witnessed": list(progress.witnessed.items())}
+            meta |= {"clipped": sorted(progress.clipped)}
             write(self.path / "progress.safetensors", tensors, meta | self._mark())
             self._note_passed(passed)
 
@@ -206,6 +209,7 @@ class Directory:
             sizes={t: list(row) for t, row in meta["sizes"]},
             witnessed=dict(map(tuple, meta["witnessed"])),
             verified=meta["verified"],
+            clipped=set(meta.get("clipped", ())),  # older folders are of runs without clipping
         )
 
     def kept(self, todo: int) -> list[int]:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +87,8 @@ class Bank:
         with determinism.alone():
             start = measured_outputs(run, run.initial, measure, finite=False)
             first = run.step(run.initial, run.weights()).fingerprint()
-        self.about = {
-            "n": run.n,
+        self.about: dict[str, Any] = {
+            "n": math.prod(run.shape),
             "steps": run.steps,
             "targets": len(start),
             "rule": run.rule.__name__,
@@ -151,10 +153,10 @@ class Bank:
 
         Raises ValueError for another shape or for numbers that are not finite, OSError for a full disk.
         """
-        if outputs.shape != (self.about["targets"],) or weights.shape != (self.run.n,):
+        if outputs.shape != (self.about["targets"],) or weights.shape not in ((self.run.n,), self.run.shape):
             raise ValueError(
                 f"outputs have shape {tuple(outputs.shape)} and weights {tuple(weights.shape)}; this bank's "
-                f"are ({self.about['targets']},) and ({self.run.n},)"
+                f"are ({self.about['targets']},) and {self.run.shape}"
             )
         if not outputs.isfinite().all():
             raise ValueError(f"outputs are not finite: {outputs[~outputs.isfinite()][0].item()}")
@@ -175,25 +177,28 @@ class Bank:
         with self._open() as file:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ?"
             found = file.execute(query, (self.key,)).fetchall()
-            bad = [(row[0],) for row in found if damage(row, self.run.n, self.about["targets"])]
+            bad = [(row[0],) for row in found if damage(row, self.about["n"], self.about["targets"])]
             file.executemany("DELETE FROM outputs WHERE rowid = ?", bad)
         return len(bad)
 
     def _exact(self, weights: Tensor) -> Tensor:
         """The weights as the run takes them: in float32 where that holds their bits, else in float64."""
         weights = weights.detach().cpu()
+        if self.run.tokens and weights.shape == (self.run.n,):
+            weights = weights[:, None].expand(self.run.shape)
+        weights = weights.flatten()
         if self.run.dtype == torch.float64 and weights.dtype == torch.float64:
             return weights.float() if torch.equal(weights.float().double(), weights) else weights
         return weights.float()
 
     def _checked(self, row: Row, sealed: bool = True) -> tuple[Tensor, Tensor]:
         """(n,) weights and (K,) outputs of a row of the file; ValueError if it is damaged."""
-        if why := damage(row, self.run.n, self.about["targets"], sealed):
+        if why := damage(row, self.about["n"], self.about["targets"], sealed):
             raise ValueError(
                 f"{self.path}: row {row[0]} is damaged: {why}. bank.repair() removes this bank's damaged "
                 "rows, to be trained again; or give another file"
             )
-        return weights_of(row, self.run.n), outputs_of(row)
+        return weights_of(row, self.about["n"]).reshape(self.run.shape), outputs_of(row)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """(S, n) weights and (S, K) outputs of all trainings in the bank, in the order they were added."""
@@ -257,7 +262,7 @@ class Bank:
             query = f"SELECT {COLUMNS} FROM outputs WHERE key = ? ORDER BY rowid"
             found = [self._checked(row, sealed) for row in file.execute(query, (key,)).fetchall()]
         if not found:
-            return torch.empty(0, self.run.n), torch.empty(0, self.about["targets"], dtype=torch.float64)
+            return torch.empty(0, *self.run.shape), torch.empty(0, self.about["targets"], dtype=torch.float64)
         weights, outputs = (list(column) for column in zip(*found, strict=True))
         if len({w.dtype for w in weights}) > 1:
             weights = [w.double() for w in weights]

@@ -28,7 +28,7 @@ from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
 from .ekfac import ekfac
-from .estimates import Tensors, checked, estimate, in_batches
+from .estimates import Tensors, checked, estimate, in_batches, losses_of
 from .trak import trak
 
 __all__ = ["ekfac", "gradient_similarity", "tracin", "trak"]
@@ -78,7 +78,7 @@ def _gradients(run: Run, state: State, examples: Tensors, size: int) -> Iterator
 
     def loss(params, *example):
         one = [x.unsqueeze(0) for x in example]
-        return run.measured(lambda model: run.loss(model, *one), params, state.buffers)[0]
+        return run.measured(lambda model: losses_of(run, model, tuple(one)), params, state.buffers)[0]
 
     def flat(*example):
         return torch.cat([g.flatten() for g in torch.func.grad(loss)(state.params, *example).values()])

@@ -165,6 +165,8 @@ def curvature(
         raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
     if not scores.tangent:
         raise ValueError(f"the curvature belongs to one point; these scores are {scores.point}")
+    if scores.at.dim() > 1:
+        raise ValueError("the curvature is that of scores of examples; these are scores of tokens")
     if order not in (2, 4):
         raise ValueError(f"order={order}: 2 or 4")
     down = direction is None

@@ -55,10 +55,15 @@ def estimate(run: Run, test: Tensors, state: State, values: Tensor) -> Attributi
     """Values, (K, n), as an Attribution of the test examples' losses, whose outputs are those at `state`."""
 
     def measure(model):
-        return run.loss(model, *test)
+        return losses_of(run, model, test)
 
     outputs = measured_outputs(run, state, measure)
-    return Attribution(values.to(outputs), outputs, run.weights(), run, measure)
+    return Attribution(values.to(outputs), outputs, run.weights().flatten()[: run.n], run, measure)
+
+
+def losses_of(run: Run, model, examples: Tensors) -> Tensor:
+    """One loss for each example; where the run's loss gives one for each token, their sum."""
+    return run.loss(model, *examples).flatten(1).sum(1) if run.tokens else run.loss(model, *examples)
 
 
 def in_batches(run: Run, examples: Tensors, size: int) -> Iterator[Tensors]:

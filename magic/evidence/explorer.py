@@ -49,6 +49,7 @@ def explore(
     differ, and, for the widgets only, ImportError without ipywidgets.
     """
     run, measure = ready(scores)
+    scores = scores.per_example()
     if examples is None:
         examples = tuple(run.data[:2]) if isinstance(run.data, (tuple, list)) else range(run.n)
     kept = bank or Bank(":memory:", run, measure)

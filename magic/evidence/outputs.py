@@ -40,7 +40,8 @@ def outputs(
 ) -> Tensor:
     """Measured outputs of the models trained with these data weights, on the CPU, in the run's precision.
 
-    weights  (n,), and the outputs are (K,); or (S, n) for S trainings, and the outputs are (S, K)
+    weights  (n,), and the outputs are (K,); or (S, n) for S trainings, and the outputs are (S, K). Where
+           tokens have weights, (n, L) and (S, n, L) as well
     how    "weight": an example of weight 0 is in its batch, with weight 0; "rows": it is left out of it
            (see `magic.retrain`). A bank knows its own
     bank   where outputs are looked up, and kept as soon as each training is done
@@ -52,9 +53,10 @@ def outputs(
     Raises ValueError for a bank of another run or measure, for a damaged row, or for a run that changed
     while it was retrained, and ImportError where more than one process is needed and joblib is missing.
     """
-    if weights.dim() == 1 and bank is None:
+    single = weights.dim() == 1 or weights.shape == run.shape
+    if single and bank is None:
         return retrained(run, measure, weights, how).cpu()
-    if weights.dim() == 1:
+    if single:
         return outputs(run, measure, weights[None], bank=bank, jobs=jobs, progress=progress)[0]
     if bank is None:
         bank = Bank(":memory:", run, measure, how=how)

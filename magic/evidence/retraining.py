@@ -34,11 +34,21 @@ def retrain(run: Run, without: Iterable[int], *, how: str = "weight", progress: 
 
 
 def without_rows(run: Run, weights: Tensor) -> Run:
-    """The same run with the examples of weight 0, of (n,) `weights`, left out of their batches.
+    """The same run with the examples of weight 0 left out of their batches; `weights` are of the run's shape.
 
-    It shares model and data with `run`. Raises ValueError for a batch of which no row is left.
+    It shares model and data with `run`. Raises ValueError for a batch of which no row is left, and where
+    batches are divided into parts or only some tokens of an example have weight 0.
     """
     present = weights.cpu() != 0
+    if run.tokens:
+        if (present != present[:, :1]).any():
+            raise ValueError('a token cannot be left out of its batch alone; use how="weight"')
+        present = present[:, 0]
+    if run.accumulate > 1:
+        raise ValueError(
+            f'accumulate={run.accumulate} divides each batch into parts of one length, which how="rows" '
+            'would make unequal; use how="weight"'
+        )
     smaller = copy.copy(run)
     smaller.batches = [indices[present[indices.cpu()].to(indices.device)] for indices in run.batches]
     for t, indices in enumerate(smaller.batches):

@@ -48,9 +48,9 @@ def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: Stat
     Buffers and optimizer state are left out, as in the paper. Raises ValueError for a direction that is 0 or
     of another shape, and for one along which the trained parameters do not change.
     """
-    direction = torch.as_tensor(direction).to(run.weights())
-    if direction.shape != (run.n,) or not direction.any():
-        raise ValueError(f"direction must be ({run.n},) and not 0; it is {tuple(direction.shape)}")
+    direction = run.weights(direction, allow_negative=True)
+    if not direction.any():
+        raise ValueError("direction is 0: it must move some weight")
     if not length > 0:
         raise ValueError(f"length={length}: a positive step along the direction")
     start = start or run.train(progress=False)
@@ -69,7 +69,7 @@ def similarity(run: Run, measure: Callable, direction: Tensor, length: float = 1
     direction  (n,), in data weights; `directions` gives some, and length 1 goes a whole random set away
     options    those of `magic.attribute`: memory, plan
     """
-    direction = torch.as_tensor(direction).to(run.weights())
+    direction = run.weights(direction, allow_negative=True)
     ends = [attribute(run, measure, 1 + k * length * direction, progress=False, **options) for k in (0, 1)]
     return ends[0].cosine(ends[1])
 

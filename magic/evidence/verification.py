@@ -48,11 +48,11 @@ def verify(
     steps = [largest * rung / ladder[0] for rung in ladder]
     dice = torch.Generator().manual_seed(seed)
     at = scores.at.detach().cpu().to(run.dtype)
-    v = (torch.randint(2, (run.n,), generator=dice, device="cpu") * 2 - 1).to(at)
+    v = (torch.randint(2, at.shape, generator=dice, device="cpu") * 2 - 1).to(at)
     v = torch.where(at < largest, 0.0, v)
     if not v.any():
         raise ValueError("every data weight is near 0, where it cannot be moved both ways")
-    predicted = scores.values.double().cpu() @ v.double()
+    predicted = scores.values.double().cpu().flatten(1) @ v.double().flatten()
     slopes, rounding = _slopes(run, measure, at, v, steps[:3], progress)
     result = _judge(predicted, slopes, rounding, steps)
     for h in steps[3:]:
