@@ -10,13 +10,15 @@ from .dataset_identity import of_dataset
 def parts_of(run, fresh: bool = False) -> dict[str, str]:
     """`Run.identity`: a fingerprint of each part of the run, by a name that a reader understands."""
     model = run.network.module
+    rules = [update.rule.__name__ for update in run.updates]
+    rule = rules[0] if len(set(rules)) == 1 else rules
     parts: dict[str, object] = {
         "the start s_0": run.initial.fingerprint(),
         "the model's constants or modes": (
             fingerprints.fingerprint(model),
             [module.training for module in model.modules()],
         ),
-        "the optimizer or its hyper-parameters": (run.rule.__name__, run.hypers, run.group_of),
+        "the optimizer or its hyper-parameters": (rule, run.hypers, run.group_of),
         "the order of the batches": [fingerprints.fingerprint(b) for b in run.batches],
         "normalize or seed": (run.normalize, run.seed),
     }
