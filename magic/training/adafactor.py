@@ -27,16 +27,21 @@ def adafactor(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[T
         grad = -grad
     step = slots.get("step", torch.zeros((), dtype=torch.int64, device="cpu")) + 1
     t = float(step.item())
-    relative = param.norm(2).double() / (param.numel() ** 0.5)
+    relative = _number(param.norm(2)) / (param.numel() ** 0.5)
     alpha = relative.clamp(min=eps2) * min(lr, 1 / (t**0.5))
     if hyper["weight_decay"] != 0:
         param = param.mul(1 - lr * hyper["weight_decay"])
     estimate, new = _second_moment(grad, slots, t ** hyper["beta2_decay"], eps1)
     update = estimate.clamp(min=eps1 * eps1).rsqrt().mul(grad)
-    clipped = (update.norm(2).double() / ((update.numel() ** 0.5) * hyper["d"])).clamp(min=1.0)
+    clipped = (_number(update.norm(2)) / ((update.numel() ** 0.5) * hyper["d"])).clamp(min=1.0)
     factor = -alpha / clipped
     moved = param.add(update, alpha=factor.item())
-    return standing_for(moved, lambda: param + factor.to(param.dtype) * update), {"step": step, **new}
+    return standing_for(moved, lambda: param + factor.to(param) * update), {"step": step, **new}
+
+
+def _number(x: Tensor) -> Tensor:
+    """A tensor's only number as Python would go on with it: in double precision, on the CPU."""
+    return x.to("cpu", torch.float64)
 
 
 def _second_moment(grad: Tensor, slots: Slots, weight: float, eps: float) -> tuple[Tensor, Slots]:
