@@ -27,10 +27,10 @@ def muon(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor
 
     How large the rounding is: against float64 the direction is off by 1 to 2 % for random matrices of 16 × 8
     to 1024 × 256, and by 4 to 20 % where their singular values range over three powers of ten, since the
-    iteration amplifies the small ones. On a small MLP (the case "muon" of the tests) a central difference of
-    trainings whose weights move by ±0.1 is 7 % off the derivative, by ±0.01 33 %, by ±0.001 five times its
-    size; without the rounding 2 %, 2e-4 and 7e-7. Leaving single examples out is predicted alike with it and
-    without (correlations .956, .982, .985 and .956, .983, .985 for three outputs).
+    iteration amplifies the small ones. On an MLP with 8, 16 and 3 units, AdamW on its biases, a central
+    difference of trainings whose weights move by ±0.1 is 7 % off the derivative, by ±0.01 33 %, by ±0.001
+    five times its size; without the rounding 2 %, 2e-4 and 7e-7. Leaving single examples out is predicted
+    alike with it and without (correlations .956, .982, .985 and .956, .983, .985 for three outputs).
     """
     if grad.dim() != 2:
         raise ValueError(f"Muon updates matrices, and a parameter has shape {tuple(param.shape)}")

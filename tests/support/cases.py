@@ -199,11 +199,6 @@ def muon(lr=2e-2, **options):
     return make
 
 
-def muon_alone(model):
-    """Muon for the matrices; the other parameters keep their values."""
-    return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], 2e-2, momentum=0.8)
-
-
 def one_cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS)
 
@@ -253,13 +248,10 @@ CASES = {
         mlp, nadam(weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.1), one_cycle
     ),
     "radam-onecycle": Case(lambda: Words(tied=False), radam(betas=(0.8, 0.95)), one_cycle),
-    "adafactor": Case(mlp, adafactor()),
     "adafactor-conv": Case(
         lambda: Conv("group"), adafactor(weight_decay=0.1, beta2_decay=-0.5, eps=(1e-5, 1e-2), d=1.2)
     ),
-    "muon": Case(mlp, muon()),
-    "muon-alone": Case(batch_norm_mlp, muon_alone),
-    "muon-onecycle": Case(Partly, muon(adjust_lr_fn="spectral_unclamped"), one_cycle_and_none),
+    "muon-and-adamw": Case(Partly, muon(adjust_lr_fn="spectral_unclamped"), one_cycle_and_none),
     "sgd-onecycle": Case(mlp, sgd(momentum=0.9), one_cycle),
     "adamw-onecycle": Case(mlp, adamw(), one_cycle),
     "adam-sequential": Case(mlp, adam(), warm_then_cosine),
