@@ -510,3 +510,11 @@ def test_an_optimizer_of_your_own(monkeypatch):
     run, measure = run_of(Toy, {}, True), cases.measure_on(*cases.data())
     scores = magic.attribute(run, measure, progress=False)
     assert error_against_finite_differences(run, measure, scores, EXAMPLES[:2]) <= 1e-8
+
+    def edited(param, grad, slots, hyper):
+        return toy(param, 2 * grad, slots, hyper)
+
+    monkeypatch.setitem(optim.UPDATES, Toy, optim.Update("Toy", edited))
+    other = run_of(Toy, {}, True).identity()
+    differ = {part for part, digest in run.identity().items() if other.get(part) != digest}
+    assert any("rule of Toy" in part for part in differ), "its rule is a part of what a run is"
