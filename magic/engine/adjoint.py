@@ -3,7 +3,7 @@
 REPLAY (Engstrom et al. 2025, arXiv 2503.13751), section 3. One step is s' = U(s, g), with U the
 optimizer's update and g = ∇ Σ wᵢℓᵢ / B. A cotangent Δ' = ∂φ/∂s' is pulled back in two pulls:
 
-1. through U, which is elementwise (`training.update`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
+1. through U, one parameter at a time (`training.update`): Δ' -> what reaches s directly, and ḡ = ∂φ/∂g;
 2. through g, itself a derivative:    (∂g/∂params)ᵀ ḡ, a Hessian-vector product, and
                                       (∂g/∂wᵢ)ᵀ ḡ = ḡ · ∇ℓᵢ / B, one directional derivative per example.
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
 from ..training.gradient import Gradient, Inputs, gradient_of_part
-from ..training.optim import ADJOINTS
 from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
@@ -238,13 +237,15 @@ def _pull_part(
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
     """The adjoint of each parameter's update, at the gradients that it saw. It has the same bits whether the
     slots after the update are known from the trace or are computed again."""
-    adjoint, hyper, state = ADJOINTS[run.rule], run.hypers[traced.state.step], traced.state
+    state, hyper = traced.state, run.hypers[traced.state.step]
     after = traced.after.slots if traced.after and traced.gradient.same_bits else {}
     seen = run.clip.clip(traced.grads, state.params) if run.clip is not None else traced.grads
-    return {
-        k: adjoint(state.params[k], g, state.slots[k], hyper[run.group_of[k]], after.get(k))
-        for k, g in seen.items()
-    }
+
+    def adjoint(name: str, grad: Tensor) -> Pull:
+        group, given = run.group_of[name], (state.params[name], grad, state.slots[name])
+        return run.updates[group].adjoint(*given, hyper[group], after.get(name))
+
+    return {name: adjoint(name, grad) for name, grad in seen.items()}
 
 
 def measure_vjp(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..identity import fingerprints
 from ..identity.parts import Identity, changed, of_callable, refusal
 from ..training import determinism
+from ..training.optim import UPDATES
 from ..training.run import Run
 from .files import read_json, writable, write_json
 
@@ -29,7 +30,8 @@ NUMERICS = (
     "kernels/normalisation_formulas", "kernels/normalisation", "kernels/layer_norm", "kernels/batch_norm",
     "kernels/rewritten", "kernels/replace", "kernels/stop_gradients",
     "training/determinism", "training/arguments", "training/examples", "training/state", "training/optim",
-    "training/hypers", "training/update", "training/sgd", "training/adam", "training/rmsprop",
+    "training/hypers", "training/update", "training/differentiated",
+    *sorted({update.rule.__module__.removeprefix("magic.").replace(".", "/") for update in UPDATES.values()}),
     "training/network", "training/gradient", "training/run", "training/first_step",
     "engine/measuring", "engine/vjp", "engine/adjoint", "engine/schedule", "engine/actions",
     "engine/store", "engine/places",

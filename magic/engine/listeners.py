@@ -153,9 +153,7 @@ class Witness(Listener):
     def ask(self, traced: Traced, directions: int = 1) -> None:
         """Compare this step, and warn of gradients whose squares are lost in the optimizer's slots."""
         self.found[traced.state.step] = check_step(self.run, traced.state, self.weights, directions)
-        hypers, group_of = self.run.hypers[traced.state.step], self.run.group_of
-        hyper_of = {name: hypers[group_of[name]] for name in traced.grads}
-        warn_of_underflow(self.run.rule, traced.state, traced.grads, hyper_of)
+        warn_of_underflow(self.run, traced.state, traced.grads)
 
     def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
         t, T = traced.state.step, self.run.steps

@@ -15,8 +15,6 @@ from .adjoint import Traced
 from .finite_difference import warn
 from .refusals import NotDifferentiable
 
-# The rules that divide a gradient by its own size: their names, and the slot of its squares.
-DIVIDING = {optim.adam: ("Adam", "exp_avg_sq"), optim.rmsprop: ("RMSprop", "square_avg")}
 NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
 
 
@@ -55,8 +53,7 @@ def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
     where the measure sees it, as through running statistics, so do the outputs and their derivative. The
     bias of an attention's keys wanders as well, but nothing sees it: its cotangent is noise, too.
     """
-    if run.rule not in DIVIDING:
-        return
+    of = {name: run.updates[group] for name, group in run.group_of.items()}
 
     def sizes(tensors: dict[str, Tensor]) -> dict[str, float]:
         norms = {name: x.detach().norm().item() for name, x in tensors.items()}
@@ -65,11 +62,12 @@ def warn_of_noise(run: Run, traced: Traced, cotangent: Cotangent) -> None:
 
     least = 10 * torch.finfo(run.dtype).eps
     seen = sizes(cotangent.params)
-    noisy = [name for name, size in sizes(traced.grads).items() if size < least < seen.get(name, 0.0)]
+    found = sizes(traced.grads).items()
+    noisy = [name for name, size in found if size < least < seen.get(name, 0.0) and of[name].divides]
     if noisy:
         warn(
             f"step {traced.state.step}: the gradient of {noisy[0]!r} is rounding noise, as that of a bias in "
-            f"front of a normalisation is, and {DIVIDING[run.rule][0]} divides it by itself: what it does to "
+            f"front of a normalisation is, and {of[noisy[0]].told} divides it by itself: what it does to "
             "the outputs is chance. Leave the bias out (bias=False), or do not train it"
         )
 
@@ -84,33 +82,29 @@ def underflowing(grad: Tensor, squares: Tensor) -> int:
     return int(((grad != 0) & (squares == 0)).sum())
 
 
-def warn_of_underflow(
-    rule: optim.Rule, state: State, grads: Mapping[str, Tensor], hyper_of: Mapping[str, Mapping]
-) -> None:
+def warn_of_underflow(run: Run, state: State, grads: Mapping[str, Tensor]) -> None:
     """Warn of the parameters in which squares of gradients underflow in this step, naming the worst.
 
-    `hyper_of` gives each parameter's hyper-parameters. With eps_root, or beside an ε that is far larger than
-    the root of what underflows, as the usual 1e-8 is, nothing is lost.
+    With eps_root, or beside an ε that is far larger than the root of what underflows, as the usual 1e-8 is,
+    nothing is lost.
     """
-    if rule not in DIVIDING:
-        return
-    (told, slot), counts = DIVIDING[rule], {}
+    counts, hypers = {}, run.hypers[state.step]
     for name, grad in grads.items():
+        update, hyper = run.updates[run.group_of[name]], hypers[run.group_of[name]]
         known = torch.finfo(grad.dtype)
         hidden = (known.smallest_normal * known.eps) ** 0.5  # the root of the smallest number
-        hyper = hyper_of[name]
-        if not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
+        if update.squares and not hyper.get("eps_root") and hyper["eps"] < hidden / known.eps:
             grad = grad.detach()
-            counts[name] = underflowing(
-                grad, rule(state.params[name], grad, state.slots[name], hyper)[1][slot]
-            )
+            slots = update.rule(state.params[name], grad, state.slots[name], hyper)[1]
+            counts[name] = underflowing(grad, slots[update.squares])
     worst = max(counts, key=counts.__getitem__, default=None)
     if worst is not None and counts[worst]:
-        root = "an eps_root or " if rule is optim.adam else ""
+        update = run.updates[run.group_of[worst]]
+        root = "an eps_root or " if update.rule is optim.adam else ""
         warn(
             f"step {state.step}: the squares of {sum(counts.values()):,} gradient entries underflow to 0 in "
-            f"{told}, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale the loss "
-            f"up, give the group {root}a larger eps, or use float64"
+            f"{update.told}, {counts[worst]:,} of them in {worst!r}; scores through them are wrong. Scale "
+            f"the loss up, give the group {root}a larger eps, or use float64"
         )
 
 

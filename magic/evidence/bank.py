@@ -30,6 +30,7 @@ from ..identity import fingerprints
 from ..identity.parts import Identity, changed, of_callable, refusal
 from ..show import needs
 from ..training import determinism
+from ..training.optim import named
 from ..training.run import Run
 from .retraining import retrained
 from .rows import (
@@ -91,7 +92,7 @@ class Bank:
             "n": math.prod(run.shape),
             "steps": run.steps,
             "targets": len(start),
-            "rule": run.rule.__name__,
+            "rule": named(run.updates),
             "normalize": run.normalize,
             "how": how,
             "name": name,

@@ -29,7 +29,7 @@ def checked(run: Run, test, states, batch_size: int) -> tuple[Tensors, list[Stat
     """
     if not isinstance(run.data, tuple):
         raise TypeError(f"the run's data is a {type(run.data).__name__}; baselines take tensors, data=(x, y)")
-    if any(group["maximize"] for group in run.hypers[0]):
+    if any(group.get("maximize") for group in run.hypers[0]):
         raise ValueError("the run maximizes its loss, and baselines minimize: negate the loss")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one example at a time")

@@ -5,9 +5,11 @@ Read `state`, `update` with `sgd`, `gradient` and `run`, in this order; each of 
 determinism       what must be fixed for a run to be a function, and which thread may train
 state             all that training carries, as a value; the cotangent, which is a type of its own
 update            what an optimizer's rule and its adjoint are
-sgd, adam, rmsprop    the optimizers: each rule as a pure function, its adjoint below it
-optim             the user's optimizer, read: its rule, and the parameters that it trains
-hypers            the hyper-parameters of each step, read from optimizer and scheduler
+differentiated    the adjoint of a rule by autograd, and what a rule needs for that
+sgd, adam, rmsprop    optimizers: each rule as a pure function, its adjoint below it
+adagrad, nadam, radam, adafactor, muon    optimizers whose rule is all there is; autograd finds the adjoint
+optim             the table of optimizers; the user's, read: their rules, and the parameters that they train
+hypers            the hyper-parameters of each step, read from optimizers and schedulers
 network           the model as a function of the tensors in it
 clipping          gradients that are clipped before the optimizer sees them, and the adjoint of that
 gradient          what a step minimises, and its gradient

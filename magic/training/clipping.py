@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .differentiated import laid_out_as
+
 Grads = Mapping[str, Tensor]
 EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
@@ -32,7 +34,7 @@ class Clipping:
     def clip(self, grads: Grads, params: Grads) -> dict[str, Tensor]:
         """The gradients as the optimizer sees them, with the bits that torch.nn.utils gives."""
         # A parameter's .grad has the parameter's strides, and a norm is summed in the order of memory.
-        laid = {k: _laid_out_as(params[k], g.detach()) for k, g in grads.items()}
+        laid = {k: laid_out_as(g.detach(), params[k]) for k, g in grads.items()}
         if self.kind == "value":
             return {k: g.clamp(-self.limit, self.limit) for k, g in laid.items()}
         ratio = (self.limit / (_norm(laid) + EPS)).clamp(max=1.0)
@@ -90,7 +92,3 @@ def read(clip: float | tuple[str, float] | None) -> Clipping | None:
 
 def _norm(grads: Grads) -> Tensor:
     return torch.nn.utils.get_total_norm(list(grads.values()))
-
-
-def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import torch
 from torch import nn
 
 from . import hidden_state
+from .optim import Optimizers
 
 
 class Frozen(dict):
@@ -26,11 +28,29 @@ class Frozen(dict):
         return self
 
 
-def hypers(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> tuple[tuple[Frozen, ...], ...]:
+Groups = tuple[Frozen, ...]
+
+
+def hypers(optimizer: Optimizers, scheduler, steps: int) -> tuple[Groups, ...]:
     """Each step's hyper-parameters, [t][group]: what `optimizer.step(); scheduler.step()` would use.
 
-    The scheduler is stepped once per training step, on a copy; the user's objects stay as they are.
+    The scheduler is stepped once per training step, on a copy; the user's objects stay as they are. Of
+    several optimizers the groups are counted through, as `optim.read` does.
     """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _of_one(optimizer, scheduler, steps)
+    schedulers = [None] * len(optimizer) if scheduler is None else scheduler
+    if not isinstance(schedulers, (list, tuple)) or len(schedulers) != len(optimizer):
+        given = f"a list of {len(scheduler)}" if isinstance(scheduler, (list, tuple)) else "no list"
+        raise ValueError(
+            f"there are {len(optimizer)} optimizers, and scheduler is {given}; pass a list with one "
+            "scheduler for each optimizer, None for one whose rate stays, or None for all"
+        )
+    each = [_of_one(*pair, steps) for pair in zip(optimizer, schedulers, strict=True)]
+    return tuple(tuple(itertools.chain(*groups)) for groups in zip(*each, strict=True))
+
+
+def _of_one(optimizer: torch.optim.Optimizer, scheduler, steps: int) -> tuple[Groups, ...]:
     if scheduler is None:
         return (_read_groups(optimizer),) * steps
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -39,13 +39,16 @@ class Run:
 
     model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
                changed. It trains in the mode (train or eval) each of its modules is in now.
-    optimizer  torch.optim.SGD, Adam, AdamW or RMSprop over its parameters; read, never stepped. A group of
-               Adam may have "eps_root", added under the root, which torch.optim does not know
+    optimizer  SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adafactor or Muon of torch.optim over its
+               parameters, or a list of several, stepped one after the other, each parameter in one of
+               them; read, never stepped. A group of Adam may have "eps_root", added under the root, which
+               torch.optim does not know
     data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
                its items are dicts, loss is given the batch as one dict
     loss       loss(model, *batch) -> (B,), one number per example
     batches    a (T, B) index tensor, or a sequence of T index tensors
-    scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy
+    scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy. With a list of
+               optimizers a list, one for each or None
     normalize  "batch": Σ wᵢℓᵢ / B with B the batch's size, as in MAGIC.
                "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
     seed       every random number that step t draws is a function of (seed, t)
@@ -63,7 +66,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: optim.Optimizers,
         data,
         loss: Callable[..., Tensor],
         batches: Tensor | Sequence,
@@ -78,7 +81,7 @@ class Run:
             raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
         arguments.check_arguments(model, loss, seed)
         arguments.check_model(model)
-        self.rule, self.group_of = optim.read(optimizer, model)
+        self.updates, self.group_of = optim.read(optimizer, model)
         self.data, self.n = examples.check_data(data)
         self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
@@ -165,10 +168,10 @@ class Run:
 
     def __repr__(self) -> str:
         count, kind = sum(p.numel() for p in self.initial.params.values()), type(self.network.module)
-        tokens = f"L={self.tokens:,}, " if self.tokens else ""
+        rule, tokens = optim.named(self.updates), f"L={self.tokens:,}, " if self.tokens else ""
         return (
             f"Run({kind.__name__}, {count:,} parameters, n={self.n:,}, {tokens}T={self.steps:,}, "
-            f"B={len(self.batches[0])}, {self.rule.__name__}, normalize={self.normalize!r}, {self.dtype})"
+            f"B={len(self.batches[0])}, {rule}, normalize={self.normalize!r}, {self.dtype})"
         )
 
     # -- the step ----------------------------------------------------------------------------------
@@ -260,8 +263,9 @@ class Run:
                 continue
             if grad.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient; use nn.Embedding(sparse=False)")
-            group = hyper[self.group_of[name]]
-            param, slots[name] = self.rule(params[name], grad.detach(), slots[name], group)
+            group = self.group_of[name]
+            rule = self.updates[group].rule
+            param, slots[name] = rule(params[name], grad.detach(), slots[name], hyper[group])
             # Strides may differ on axes of length 1, and then another kernel, with other rounding, may be
             # chosen.
             if param.stride() != params[name].stride():

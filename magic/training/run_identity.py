@@ -10,13 +10,15 @@ from .dataset_identity import of_dataset
 def parts_of(run, fresh: bool = False) -> dict[str, str]:
     """`Run.identity`: a fingerprint of each part of the run, by a name that a reader understands."""
     model = run.network.module
+    rules = [update.rule.__name__ for update in run.updates]
+    rule = rules[0] if len(set(rules)) == 1 else rules
     parts: dict[str, object] = {
         "the start s_0": run.initial.fingerprint(),
         "the model's constants or modes": (
             fingerprints.fingerprint(model),
             [module.training for module in model.modules()],
         ),
-        "the optimizer or its hyper-parameters": (run.rule.__name__, run.hypers, run.group_of),
+        "the optimizer or its hyper-parameters": (rule, run.hypers, run.group_of),
         "the order of the batches": [fingerprints.fingerprint(b) for b in run.batches],
         "normalize or seed": (run.normalize, run.seed),
     }
@@ -31,11 +33,15 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
 
 
 def written_by_the_user(run, fresh: bool = False) -> Identity:
-    """The identity of what the user wrote: the model, the loss, and a Dataset's items.
+    """The identity of what the user wrote: the model, the loss, a rule of an optimizer of their own, and a
+    Dataset's items.
 
     The items are read once, and kept with the run; again only if `fresh`.
     """
     found = of_model(run.network.module) | of_callable(run.loss, "loss")
+    for update in run.updates:
+        if not update.rule.__module__.startswith("magic."):
+            found |= of_callable(update.rule, f"rule of {update.told}")
     if isinstance(run.data, tuple):
         return found
     if fresh or "_items" not in run.__dict__:

@@ -5,8 +5,7 @@ of place, the very operations of PyTorch's single-tensor implementation in their
 the bits that `optimizer.step()` gives. `slots` is the optimizer state of the parameter, by PyTorch's names;
 it is empty before the first update.
 
-An update is elementwise, so its adjoint is, too: a handful of multiplications by vectors that all targets
-share. `adjoint(param, grad, slots, hyper, after)` computes these vectors, where there are any, and returns
+`adjoint(param, grad, slots, hyper, after)` returns
 
     pull(cotangent) -> grad_cotangent
 
@@ -15,8 +14,10 @@ targets, turns them in place into those of what it took, and returns the gradien
 state after the update, or None where that is not known. What the update created has no value before it;
 what the pull leaves in the place of its cotangent means nothing and is discarded.
 
-Each adjoint is derived line by line from its rule, which stands above it; the tests compare it with autograd
-of the rule.
+Autograd finds an adjoint for any rule (`differentiated.py`). Where an update is elementwise, as that of SGD,
+Adam and RMSprop is, so is its adjoint: a handful of multiplications by vectors that all targets share. For
+these it is written by hand, which is faster: derived line by line from the rule, which stands above it. The
+tests compare it with autograd of the rule.
 """
 
 from __future__ import annotations

@@ -473,7 +473,9 @@ def test_squares_that_underflow_are_counted(size, expected):
     assert underflowing(grad, after["exp_avg_sq"]) == expected
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam]
+)
 @pytest.mark.parametrize(
     ("scale", "eps", "warned"), [(1e-25, 1e-24, True), (1e-25, 1e-8, False), (1.0, 1e-24, False)]
 )

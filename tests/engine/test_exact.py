@@ -6,10 +6,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import magic
 from magic.engine.measuring import measured_outputs
+from magic.training import muon
 from tests.support import cases
 from tests.support.unroll import unroll
 
 EXAMPLES = (0, 7, 19, 33, 39)
+
+
+@pytest.fixture(autouse=True)
+def muon_is_not_rounded(monkeypatch):
+    """Rounded to bfloat16, a training is a staircase, and no finite difference can tell its slope."""
+    monkeypatch.setattr(muon, "PRECISION", torch.float64)
 
 
 def at_random(n):

@@ -55,11 +55,11 @@ def test_fashion_mnist(device):
 
 
 def test_two_thousand_steps_in_sixteen_states(digits):
-    """The digits MLP over T = 2,000 steps: what is kept stays within the budget, and is said before."""
+    """A small MLP over T = 2,000 steps: what is kept stays within the budget, and is said before."""
     x, y, x_test, y_test = digits
     torch.manual_seed(0)
-    model = models.MLP((64, 128, 10))
-    order = magic.batches(len(x), size=60, epochs=100)
+    model = models.MLP((64, 16, 10))
+    order = magic.batches(len(x), size=30, epochs=50)
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), (x, y), cases.loss, order)
     assert run.steps == 2000
     plan = magic.plan(run, targets=2, states=16)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import magic
 from magic.training.determinism import seed_step
+from magic.training.optim import Optimizers
 
 N, BATCH, EPOCHS, FEATURES, CLASSES = 40, 10, 4, 8, 3
 STEPS = EPOCHS * (N // BATCH)
@@ -169,6 +170,35 @@ def rmsprop(lr=1e-2, **options):
     return lambda model: torch.optim.RMSprop(model.parameters(), lr, **options)
 
 
+def adagrad(lr=5e-2, **options):
+    return lambda model: torch.optim.Adagrad(model.parameters(), lr, **options)
+
+
+def nadam(lr=1e-2, **options):
+    return lambda model: torch.optim.NAdam(model.parameters(), lr, **options)
+
+
+def radam(lr=1e-2, **options):
+    return lambda model: torch.optim.RAdam(model.parameters(), lr, **options)
+
+
+def adafactor(lr=5e-2, **options):
+    return lambda model: torch.optim.Adafactor(model.parameters(), lr, **options)
+
+
+def muon(lr=2e-2, **options):
+    """Muon for the matrices, AdamW for the other parameters."""
+
+    def make(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [
+            torch.optim.Muon([p for p in trained if p.dim() == 2], lr, **options),
+            torch.optim.AdamW([p for p in trained if p.dim() != 2], 1e-2),
+        ]
+
+    return make
+
+
 def one_cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS)
 
@@ -178,6 +208,10 @@ def falling_momentum(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.02, total_steps=STEPS, base_momentum=0.0, max_momentum=0.9
     )
+
+
+def one_cycle_and_none(optimizers):
+    return [one_cycle(optimizers[0]), None]
 
 
 def warm_then_cosine(optimizer):
@@ -190,7 +224,7 @@ def warm_then_cosine(optimizer):
 @dataclass
 class Case:
     model: Callable[[], nn.Module]
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    optimizer: Callable[[nn.Module], Optimizers]
     scheduler: Callable | None = None
     options: dict = field(default_factory=dict)
 
@@ -209,6 +243,15 @@ CASES = {
     "rmsprop": Case(mlp, rmsprop(weight_decay=0.01)),
     "rmsprop-centered": Case(mlp, rmsprop(centered=True, momentum=0.9, alpha=0.9, eps=1e-4)),
     "rmsprop-onecycle": Case(mlp, rmsprop(momentum=0.9), falling_momentum),
+    "adagrad-sequential": Case(lambda: Words(tied=False), adagrad(lr_decay=0.1), warm_then_cosine),
+    "nadam-onecycle": Case(
+        mlp, nadam(weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.1), one_cycle
+    ),
+    "radam-onecycle": Case(lambda: Words(tied=False), radam(betas=(0.8, 0.95)), one_cycle),
+    "adafactor-conv": Case(
+        lambda: Conv("group"), adafactor(weight_decay=0.1, beta2_decay=-0.5, eps=(1e-5, 1e-2), d=1.2)
+    ),
+    "muon-and-adamw": Case(Partly, muon(adjust_lr_fn="spectral_unclamped"), one_cycle_and_none),
     "sgd-onecycle": Case(mlp, sgd(momentum=0.9), one_cycle),
     "adamw-onecycle": Case(mlp, adamw(), one_cycle),
     "adam-sequential": Case(mlp, adam(), warm_then_cosine),
@@ -269,6 +312,11 @@ def build(name, dtype=torch.float64, device="cpu", **options):
     return run, model, optimizer, scheduler
 
 
+def listed(x):
+    """What a run takes as one or as a list, as a list."""
+    return x if isinstance(x, list) else [x]
+
+
 def clip(run, model):
     """What a user would write between backward() and optimizer.step()."""
     if run.clip is not None and run.clip.kind == "norm":
@@ -279,16 +327,18 @@ def clip(run, model):
 
 def plain_loop(run, model, optimizer, scheduler):
     """What a user would write; the model that comes out is the truth."""
-    for group in optimizer.param_groups:
+    for group in (group for one in listed(optimizer) for group in one.param_groups):
         group["foreach"] = False  # on CUDA PyTorch would choose other kernels
     x, y = run.data
     for t, indices in enumerate(order()):
-        optimizer.zero_grad()
+        model.zero_grad()
         for part, some in enumerate(indices.to(x.device).chunk(run.accumulate)):
             seed_step(run.seed, t, part)
             (loss(model, x[some], y[some]).mean() / run.accumulate).backward()
         clip(run, model)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+        for one in listed(optimizer):
+            one.step()
+        for one in listed(scheduler):
+            if one is not None:
+                one.step()
     return copy.deepcopy(model).eval()

@@ -90,8 +90,86 @@ def rmsprop(p, g, m, h):
     return p - h["lr"] * b, (second, first, b)
 
 
+def root(x):
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0) ** 0.5, 0.0)
+
+
+def adagrad(p, g, m, h):
+    g = (-g if h["maximize"] else g) + h["weight_decay"] * p
+    t, total = m or (0, h["initial_accumulator_value"] + 0.0 * g)
+    total = total + g**2
+    return p - h["lr"] / (1 + t * h["lr_decay"]) * g / (root(total) + h["eps"]), (t + 1, total)
+
+
+def decayed(p, g, h):
+    """Parameter and gradient after weight decay of either kind."""
+    g, decay = -g if h["maximize"] else g, h["weight_decay"]
+    return (p * (1 - h["lr"] * decay), g) if h["decoupled_weight_decay"] else (p, g + decay * p)
+
+
+def nadam(p, g, m, h):
+    (b1, b2), (p, g) = h["betas"], decayed(p, g, h)
+    t, product, first, second = m or (0, 1.0, 0.0 * g, 0.0 * g)
+    t, first, second = t + 1, b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+    now, then = (b1 * (1 - 0.96 ** (s * h["momentum_decay"]) / 2) for s in (t, t + 1))
+    # PyTorch keeps the product in single precision
+    product = (torch.tensor(product) * now).item()
+    ahead = then * first / (1 - product * then) + (1 - now) * g / (1 - product)
+    return p - h["lr"] * ahead / (root(second / (1 - b2**t)) + h["eps"]), (t, product, first, second)
+
+
+def radam(p, g, m, h):
+    (b1, b2), (p, g) = h["betas"], decayed(p, g, h)
+    t, first, second = m or (0, 0.0 * g, 0.0 * g)
+    t, first, second = t + 1, b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+    limit = 2 / (1 - b2) - 1
+    rho, step = limit - 2 * t * b2**t / (1 - b2**t), h["lr"] * first / (1 - b1**t)
+    if rho > 5:
+        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+        step = step * r * (1 - b2**t) ** 0.5 / (root(second) + h["eps"])
+    return p - step, (t, first, second)
+
+
+def adafactor(p, g, m, h):
+    e1, e2 = h["eps"]
+    e1, g = torch.finfo(p.dtype).eps if e1 is None else e1, -g if h["maximize"] else g
+    t, kept = m or (0, None)
+    t = t + 1
+    new = t ** h["beta2_decay"]
+    squares = [g**2] if g.dim() < 2 else [(g**2).mean(-1), (g**2).mean(-2)]
+    kept = [new * s + (1 - new) * k for s, k in zip(squares, kept or [0.0, 0.0], strict=False)]
+    if g.dim() < 2:
+        v = kept[0]
+    else:
+        rows, columns = kept
+        v = rows[..., :, None] * columns[..., None, :] / rows.mean(-1).clamp_min(e1)[..., None, None]
+    u = g / torch.where(v > e1**2, root(v), e1)
+    u = u / ((u**2).mean() ** 0.5 / h["d"]).clamp_min(1.0)
+    size = ((p**2).mean() ** 0.5).clamp_min(e2) * min(h["lr"], t**-0.5)
+    return p * (1 - h["lr"] * h["weight_decay"]) - size * u, (t, kept)
+
+
+def muon(p, g, m, h):
+    """The iteration from the other side, X ← X (a + b XᵀX + c (XᵀX)²), and not in bfloat16."""
+    b = (0.0 if m is None else h["momentum"] * m) + (1 - h["momentum"]) * g
+    x = (1 - h["momentum"]) * g + h["momentum"] * b if h["nesterov"] else b
+    x = x / (x**2).sum() ** 0.5
+    for _ in range(h["ns_steps"]):
+        gram = x.T @ x
+        first, second, third = h["ns_coefficients"]
+        x = x @ (first * torch.eye(len(gram), dtype=x.dtype) + second * gram + third * gram @ gram)
+    rows, columns = p.shape
+    ratio = {
+        "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+        "spectral_unclamped": (rows / columns) ** 0.5,
+    }.get(h["adjust_lr_fn"], max(1, rows / columns) ** 0.5)
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * ratio * x, b
+
+
 TEXTBOOK = {
     torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam, torch.optim.RMSprop: rmsprop,
+    torch.optim.Adagrad: adagrad, torch.optim.NAdam: nadam, torch.optim.RAdam: radam,
+    torch.optim.Adafactor: adafactor, torch.optim.Muon: muon,
 }  # fmt: skip
 
 
@@ -122,13 +200,19 @@ def unroll(
 ):  # fmt: skip
     """(K, n): the metagradient, by autograd through every step at once; with `along`, (n,), its derivative
     in that direction, by autograd through that."""
-    groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    group_of = {k: groups[id(p)] for k, p in model.named_parameters() if p.requires_grad}
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    schedulers = scheduler if isinstance(scheduler, list) else [scheduler]
+    held = {
+        id(p): (one, i)
+        for one in optimizers
+        for i, group in enumerate(one.param_groups)
+        for p in group["params"]
+    }
+    held_by = {k: held[id(p)] for k, p in model.named_parameters() if p.requires_grad and id(p) in held}
     bound = Bound(differentiable(model))
-    params = {f"model.{k}": p.clone() for k, p in model.named_parameters() if p.requires_grad}
+    params = {f"model.{k}": p.clone() for k, p in model.named_parameters() if k in held_by}
     buffers = {f"model.{k}": b.clone() for k, b in model.named_buffers()}
     memory = dict.fromkeys(params)
-    update = next(rule for kind, rule in TEXTBOOK.items() if isinstance(optimizer, kind))
     weights = weights.clone().requires_grad_()
     for t, indices in enumerate(batches):
         total, whole = 0.0, weights[indices]
@@ -144,11 +228,12 @@ def unroll(
         grads = clipped(grads, clip) if clip else grads
         for k, g in zip(list(params), grads, strict=True):
             if g is not None:
-                h = optimizer.param_groups[group_of[k.removeprefix("model.")]]
-                params[k], memory[k] = update(params[k], g, memory[k], h)
-        if scheduler is not None:
-            optimizer.step()  # without gradients it does nothing but silence a warning
-            scheduler.step()
+                one, group = held_by[k.removeprefix("model.")]
+                update = TEXTBOOK[type(one)]
+                params[k], memory[k] = update(params[k], g, memory[k], one.param_groups[group])
+        for one in filter(None, schedulers):
+            one.optimizer.step()  # without gradients it does nothing but silence a warning
+            one.step()
     bound.eval()
     outputs = functional_call(bound, {**params, **buffers}, (measure,))
     twice = along is not None
