@@ -18,12 +18,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.graph import graph_nodes
 from ..kernels.precision import InDouble
 from ..training import determinism
-from ..training.arguments import clean_copy
+from ..training.arguments import sharing_copy
 from ..training.examples import each
 from ..training.network import Network
 from ..training.run import Run
@@ -38,7 +38,16 @@ from .vjp import pull
 # cast that `magic.kernels.precision` could undo.
 STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3  # relative; a missing path changes a derivative by far more, and a difference is this good
-EXAMPLES = 8  # of a batch
+EXAMPLES, FEW = 8, 2  # of a batch; few in a large model, where each takes much memory and time
+LARGE = 10_000_000  # parameters
+
+
+def examples_of(run: Run) -> int:
+    """How many examples of a batch are looked at. Their number does not matter to what is checked, except
+    to a normalisation over the batch, which makes of two examples nothing but their order."""
+    large = sum(p.numel() for p in run.network.module.parameters()) > LARGE
+    over_batch = any(isinstance(x, nn.modules.batchnorm._NormBase) for x in run.network.module.modules())
+    return FEW if large and not over_batch else EXAMPLES
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
@@ -51,7 +60,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
     with determinism.alone():
         try:
-            gradient, point = _gradient_of(run, state, weights, EXAMPLES)
+            gradient, point = _gradient_of(run, state, weights, examples_of(run))
         except Exception:  # it may insist on a whole batch
             try:
                 gradient, point = _gradient_of(run, state, weights, len(run.batches[state.step]))
@@ -93,8 +102,10 @@ def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
     t = state.step
     shadow = copy.copy(run)
     shadow.accumulate = 1  # a sum of gradients has the derivative of its terms
-    shadow.network = Network(clean_copy(run.network.module).double())
+    module = sharing_copy(run.network.module, run.network.frozen.values())
+    shadow.network = Network(module.double())
     shadow.data = each(lambda x: in_double(x[:examples]), run.batch(t))
+    shadow.collate = None
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: in_double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": in_double(p) for name, p in state.params.items()}

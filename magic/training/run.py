@@ -38,27 +38,29 @@ class Run:
     """A deterministic training run, ready to be trained, replayed and differentiated.
 
     model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
-               changed. It trains in the mode (train or eval) each of its modules is in now.
+               changed. It trains in the mode (train or eval) each of its modules is in now. Frozen
+               parameters may lie in bfloat16 if they are cast up before they meet what is trained
     optimizer  SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adafactor or Muon of torch.optim over its
                parameters, or a list of several, stepped one after the other, each parameter in one of
                them; read, never stepped. A group of Adam may have "eps_root", added under the root, which
                torch.optim does not know
-    data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
-               its items are dicts, loss is given the batch as one dict
-    loss       loss(model, *batch) -> (B,), one number per example
+    data       a tuple of tensors or NumPy arrays with the n examples first, a map-style Dataset, or a list
+               of dicts. Where its items are dicts, loss is given the batch as one dict
+    loss       loss(model, *batch) -> (B,), a number per example; or (B, L), one per token: then data weights
+               are (n, L) and scores (K, n, L), and the plain loop is that of loss(model, *batch).sum() / B
     batches    a (T, B) index tensor, or a sequence of T index tensors
     scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy. With a list of
                optimizers a list, one for each or None
     normalize  "batch": Σ wᵢℓᵢ / B with B the batch's size, as in MAGIC.
                "weights": Σ wᵢℓᵢ / Σ wᵢ, what leaving the rows out of the batch does.
     seed       every random number that step t draws is a function of (seed, t)
+    collate    makes a batch out of a list of items, as in a DataLoader; None is torch's default_collate. Loss
+               is given what it returns: the entries of a tuple, or one dict, one BatchEncoding. Where data
+               are tensors, the items are tuples of them
     clip       the largest norm of all gradients together, as torch.nn.utils.clip_grad_norm_ has it, or
                ("value", c), as clip_grad_value_; between backward() and optimizer.step()
     accumulate   in how many parts of one length each batch is done, one after the other. Their gradients add
-               up, as those of (loss(model, *part).mean() / accumulate).backward(); memory is that of one part
-
-    Where loss returns (B, L), a number for each token, the data weights and scores are for tokens, (n, L) and
-    (K, n, L), and the plain loop is that of loss(model, *batch).sum() / B.
+               up, as those of (loss(model, *part).mean() / accumulate).backward(), in the memory of one
 
     Creating a Run tries its first step three times, so that a mistake shows here and not after an hour.
     """
@@ -76,16 +78,16 @@ class Run:
         seed: int = 0,
         clip: float | tuple[str, float] | None = None,
         accumulate: int = 1,
+        collate: Callable | None = None,
     ):
-        if normalize not in ("batch", "weights"):
-            raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
         arguments.check_arguments(model, loss, seed)
+        examples.check_normalize(normalize)
         arguments.check_model(model)
         self.updates, self.group_of = optim.read(optimizer, model)
-        self.data, self.n = examples.check_data(data)
+        self.data, self.n = examples.check_data(data, collate)
         self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
-        self.loss, self.normalize, self.seed = loss, normalize, seed
+        self.loss, self.normalize, self.seed, self.collate = loss, normalize, seed, collate
         self.clip, self.accumulate, self.tokens = clipping.read(clip), accumulate, None
         examples.check_accumulate(accumulate, self.batches)
         arguments.check_all_held(self.clip, model, self.group_of)
@@ -114,9 +116,7 @@ class Run:
         return (self.n, self.tokens) if self.tokens else (self.n,)
 
     def train(self, weights=None, *, progress: bool = True, allow_negative: bool = False) -> State:
-        """f(w): the final state. `weights` are (n,), or one number for all; None means 1.
-
-        Where each token has a weight they are (n, L), or (n,) for all the tokens of each example.
+        """f(w): the final state. `weights` are (n,), or (n, L) where each token has one; None means 1.
 
         Raises NonFinite, with the step, when the training diverges, and ReplayMismatch when an
         earlier training of this Run with these weights was in another state at a step compared.
@@ -130,10 +130,13 @@ class Run:
 
     @determinism.in_turn
     def model(self, state: State) -> nn.Module:
-        """A fresh module holding this state's values, in eval mode, usable like any other."""
+        """A fresh module holding this state's values, in eval mode, usable like any other.
+
+        Its frozen parameters lie in the run's memory until one of the two is written into (copy on write).
+        """
         if state.params.keys() != self.initial.params.keys():
             raise ValueError("this state is of another run: its parameters have other names")
-        model = arguments.clean_copy(self.network.module)
+        model = arguments.sharing_copy(self.network.module, self.network.frozen.values())
         values = {**state.params, **state.buffers}
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -177,17 +180,14 @@ class Run:
     # -- the step ----------------------------------------------------------------------------------
 
     def part(self, t: int, part: int) -> slice:
-        """The places in the batch of step t of those examples that are in this part of it."""
+        """Which places of step t's batch are in this part of it."""
         size = len(self.batches[t]) // self.accumulate
         return slice(part * size, (part + 1) * size)
 
-    def batch(self, t: int, part: int | None = None) -> tuple[Tensor, ...]:
-        """The examples of step t, or those of a part of its batch, on the model's device."""
+    def batch(self, t: int, part: int | None = None) -> tuple:
+        """What loss takes of the examples of step t, or of a part of its batch, on the model's device."""
         indices = self.batches[t] if part is None else self.batches[t][self.part(t, part)]
-        if isinstance(self.data, tuple):
-            return examples.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
-        batch = examples.collated(self.data, indices.tolist())
-        return tuple(examples.each(lambda x: x.to(self.device), part) for part in batch)
+        return examples.batch(self.data, self.collate, indices, self.device)
 
     @determinism.in_turn
     def gradient(
@@ -215,7 +215,8 @@ class Run:
         named = [*self.network.module.named_parameters(), *self.network.module.named_buffers()]
         # The copy shares these, since other tensors are put into their place anyway.
         shared = {id(x): x for name, x in named if name not in self.network.frozen}
-        model = arguments.clean_copy(self.network.module, shared).eval()
+        frozen = self.network.frozen.values()
+        model = arguments.sharing_copy(self.network.module, frozen, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
         out, _ = Network(model, watch=False).apply(measure, params, buffers)
         arguments.check_outputs(out)

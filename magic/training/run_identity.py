@@ -33,12 +33,14 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
 
 
 def written_by_the_user(run, fresh: bool = False) -> Identity:
-    """The identity of what the user wrote: the model, the loss, a rule of an optimizer of their own, and a
-    Dataset's items.
+    """The identity of what the user wrote: the model, the loss, the collate function, a rule of an optimizer
+    of their own, and a Dataset's items.
 
     The items are read once, and kept with the run; again only if `fresh`.
     """
     found = of_model(run.network.module) | of_callable(run.loss, "loss")
+    if run.collate is not None:
+        found |= of_callable(run.collate, "collate function")
     for update in run.updates:
         if not update.rule.__module__.startswith("magic."):
             found |= of_callable(update.rule, f"rule of {update.told}")
