@@ -5,7 +5,7 @@ scores = magic.attribute(run, measure)          # (K, n), exact
 scores.removal_effect([42])                     # predicted change of each measured output
 magic.lds(scores, drop=0.01, subsets=100)       # is the prediction true? Retrain and see.
 
-The package has six wings and a few modules beside them. A module uses only what stands before it in this
+The package has seven wings and a few modules beside them. A module uses only what stands before it in this
 list:
 
 show        tables and progress bars
@@ -15,6 +15,7 @@ training    a training run as a pure function of its data weights
 engine      REPLAY: the derivative of the whole run, from few states
 subsets, points, saved, attribution    which examples are left out; where the derivative is taken; the scores
 evidence    is the prediction true? Train again, and see
+text        what language models need: losses per sequence and per token, packing, loading
 book        what the chapters share: data, models, plots, claims
 
 To see how `attribute()` works, read these files in this order, some nine hundred lines of code in all; each
@@ -25,7 +26,7 @@ its arguments. The other files are checks, places and conveniences. Chapters 03 
 leisure.
 """
 
-from . import _moved, points, subsets
+from . import _moved, points, subsets, text
 from .attribution import Attribution, attribute
 from .engine import schedule
 from .engine.health import Health, Verification
@@ -84,6 +85,7 @@ __all__ = [
     "schedule",
     "smoothness",
     "subsets",
+    "text",
     "train",
     "verify",
 ]

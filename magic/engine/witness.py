@@ -23,7 +23,7 @@ from torch import Tensor
 from ..kernels.graph import graph_nodes
 from ..kernels.precision import InDouble
 from ..training import determinism
-from ..training.arguments import clean_copy
+from ..training.arguments import sharing_copy
 from ..training.examples import each
 from ..training.network import Network
 from ..training.run import Run
@@ -92,8 +92,10 @@ def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
     """
     t = state.step
     shadow = copy.copy(run)
-    shadow.network = Network(clean_copy(run.network.module).double())
+    module = sharing_copy(run.network.module, run.network.frozen.values())
+    shadow.network = Network(module.double())
     shadow.data = each(lambda x: in_double(x[:examples]), run.batch(t))
+    shadow.collate = None
     shadow.batches = [torch.arange(min(examples, len(run.batches[t])), device="cpu")]
     buffers = {name: in_double(b) for name, b in state.buffers.items()}
     point = {f"params/{name}": in_double(p) for name, p in state.params.items()}

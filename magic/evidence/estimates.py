@@ -29,6 +29,8 @@ def checked(run: Run, test, states, batch_size: int) -> tuple[Tensors, list[Stat
     """
     if not isinstance(run.data, tuple):
         raise TypeError(f"the run's data is a {type(run.data).__name__}; baselines take tensors, data=(x, y)")
+    if run.collate is not None:
+        raise TypeError("the run has a collate function; baselines take tensors as they are, data=(x, y)")
     if any(group["maximize"] for group in run.hypers[0]):
         raise ValueError("the run maximizes its loss, and baselines minimize: negate the loss")
     if batch_size < 1:

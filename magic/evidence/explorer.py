@@ -50,7 +50,7 @@ def explore(
     """
     run, measure = ready(scores)
     if examples is None:
-        examples = tuple(run.data[:2]) if isinstance(run.data, (tuple, list)) else range(run.n)
+        examples = tuple(run.data[:2]) if isinstance(run.data, tuple) else range(run.n)
     kept = bank or Bank(":memory:", run, measure)
     kept.serves(run, measure)
     return Explorer(scores, _Gallery(examples, run.n, "examples"), _targets(targets, scores), kept, top)

@@ -15,6 +15,7 @@ import dis
 import enum
 import functools
 import importlib.util
+import json
 import sys
 import sysconfig
 import types
@@ -46,7 +47,8 @@ OF_CLASSES = SAYS_NOTHING | {
 }  # fmt: skip
 LIBRARY_FOLDERS = tuple({str(Path(p).resolve()) for k, p in sysconfig.get_paths().items() if "lib" in k})
 OWN = __name__.partition(".")[0]
-READ_LIKE_A_USERS = f"{OWN}.book.models"  # magic's own models are code of the run that trains one
+# magic's own models and losses are code of the run that trains with one
+READ_LIKE_A_USERS = {f"{OWN}.book.models", f"{OWN}.text.losses"}
 
 
 # -- what is whose ---------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def _library(name: str, file: str | None) -> bool:
     """Whether the module `name`, which lies in `file`, is a library's."""
     top = name.partition(".")[0]
     if top == OWN:
-        return name != READ_LIKE_A_USERS
+        return name not in READ_LIKE_A_USERS
     if top == "__main__":
         return False
     if file is None:
@@ -234,9 +236,27 @@ def state(x) -> dict[str, object]:
         for name in ("_flat_weights", "_flat_weight_refs") if isinstance(x, nn.RNNBase) else ():
             found.pop(name, None)  # these are its parameters once more
         # hooks are kept under numbers that count through the whole process, so the numbers are left out
-        found = {k: list(v.values()) if k.endswith("_hooks") and v else v for k, v in found.items()}
+        found = {
+            k: list(v.values()) if k.endswith("_hooks") and isinstance(v, dict) else v
+            for k, v in found.items()
+        }
         found = {k: v for k, v in found.items() if not (k.startswith("_") and _empty(v))}
+    if any(parent.__name__ == "PreTrainedTokenizerBase" for parent in type(x).__mro__):
+        found = _tokenizer(found)
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+
+def _tokenizer(found: dict) -> dict:
+    """What a tokenizer of transformers holds, without what it remembers of its last call.
+
+    That is which warnings it has given, and, in one that is written in Rust, how it padded and cut.
+    """
+    found.pop("deprecation_warnings", None)
+    for name, value in found.items():
+        if hasattr(value, "to_str"):
+            said = json.loads(value.to_str())
+            found[name] = {key: said[key] for key in said if key not in ("padding", "truncation")}
+    return found
 
 
 def _empty(x) -> bool:

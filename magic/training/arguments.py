@@ -5,9 +5,10 @@ What it refuses of data and batches is in examples.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,11 @@ def _check_parameter(name: str, p: Tensor) -> None:
     _check_values(f"parameter {name!r}", p)
     if not p.is_floating_point() or p.is_complex():
         raise TypeError(f"parameter {name!r} is {p.dtype}; magic differentiates float32 and float64")
-    if p.dtype not in (torch.float32, torch.float64):
+    if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"parameter {name!r} is {p.dtype}: its rounding is as large as a step's effect, and the "
-            "derivative of such a run is invalid; use model.float() or model.double()"
+            "derivative of such a run is invalid; use model.float() or model.double(), or freeze it "
+            "(requires_grad_(False)) and cast it up where it is used"
         )
     if p.requires_grad and p.clone().stride() != p.stride():
         raise ValueError(
@@ -175,6 +177,20 @@ def clean_copy(model: nn.Module, memo: dict | None = None) -> nn.Module:
             if x.grad_fn is not None:
                 memo[id(x)] = x.detach()
     return copy.deepcopy(model, memo)
+
+
+def sharing_copy(model: nn.Module, frozen: Iterable[Tensor], memo: dict | None = None) -> nn.Module:
+    """`clean_copy`, but the parameters in `frozen` take no memory until one of the models is written into.
+
+    PyTorch copies such a tensor at the first write through either of its owners. Where it cannot, as for
+    memory that another library owns, the tensor is copied now.
+    """
+    memo = dict(memo or {})
+    for p in frozen:
+        if type(p) is nn.Parameter and p.layout is torch.strided:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                memo[id(p)] = nn.Parameter(torch._lazy_clone(p.detach()), requires_grad=p.requires_grad)
+    return clean_copy(model, memo)
 
 
 def _tensors(values, depth: int = 4) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ..identity import fingerprints
 from ..identity.content import Content
 from ..identity.parts import UNKNOWN, Identity
 from ..show import bar
-from . import determinism
+from . import determinism, examples
 
 CHUNK = 1024  # items that are read and hashed together
 
@@ -53,10 +53,8 @@ def _tensors(dataset) -> list[Tensor] | None:
 
 def _chunks(dataset, n: int) -> Iterator[list]:
     """The items, some at a time."""
-    together = getattr(dataset, "__getitems__", None)
     for first in range(0, n, CHUNK):
-        indices = list(range(first, min(first + CHUNK, n)))
-        yield list(together(indices)) if together else [dataset[i] for i in indices]
+        yield examples.items(dataset, list(range(first, min(first + CHUNK, n))))
 
 
 def _columns(items: list) -> Iterator[list]:
@@ -64,6 +62,8 @@ def _columns(items: list) -> Iterator[list]:
 
     Fields of one kind can be hashed together, which is much quicker than item by item.
     """
+    # a mapping that is no dict, such as a tokenizer's BatchEncoding, counts as one
+    items = [dict(x) if isinstance(x, Mapping) and not isinstance(x, dict) else x for x in items]
     first = items[0]
     alike = type(first) in (tuple, list) and all(
         type(x) is type(first) and len(x) == len(first) for x in items

@@ -5,22 +5,32 @@ What a run cannot take is refused with a message that says what is wrong, where,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def check_data(data) -> tuple:
-    """(data, n): a tuple of tensors, or the Dataset as it is, and the number of examples."""
+def check_data(data, collate: Callable | None = None) -> tuple:
+    """(data, n): a tuple of tensors, or the Dataset as it is, and the number of examples.
+
+    A list of dicts is a Dataset, and so is any list where there is a collate function for its items.
+    """
+    if collate is not None and not callable(collate):
+        raise TypeError(
+            f"collate is a {type(collate).__name__}; pass a function that makes a batch out of a list of "
+            "items"
+        )
     if isinstance(data, (Tensor, np.ndarray)):
         data = (data,)
     if isinstance(data, dict):
         raise TypeError("data is a dict; pass its tensors as a tuple, in the order that loss takes them")
-    if isinstance(data, (tuple, list)):
-        if len(data) == 0:
-            raise ValueError("data is empty")
+    if isinstance(data, (tuple, list)) and len(data) == 0:
+        raise ValueError("data is empty")
+    items_listed = isinstance(data, list) and (collate is not None or isinstance(data[0], Mapping))
+    if isinstance(data, (tuple, list)) and not items_listed:
         data = [_from_numpy(x, i) if isinstance(x, np.ndarray) else x for i, x in enumerate(data)]
         for i, x in enumerate(data):
             if not isinstance(x, Tensor) or x.dim() == 0:
@@ -51,48 +61,122 @@ def _from_numpy(x: np.ndarray, i: int) -> Tensor:
 
 
 def each(f: Callable[[Tensor], Tensor], batch):
-    """The batch with f applied to each tensor; it may be tuples, lists and dicts within each other."""
+    """The batch with f applied to each tensor; it may be tuples, lists and mappings within each other."""
     if isinstance(batch, Tensor):
         return f(batch)
-    if isinstance(batch, dict):
-        return {key: each(f, x) for key, x in batch.items()}
-    made = [each(f, x) for x in batch]
-    return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
+    if isinstance(batch, Mapping):
+        made = {key: each(f, x) for key, x in batch.items()}
+        if isinstance(batch, dict) or not isinstance(batch, MutableMapping):
+            return made
+        fresh = copy.copy(batch)  # such as a BatchEncoding of transformers, whose entries are attributes, too
+        fresh.update(made)
+        return fresh
+    entries = [each(f, x) for x in batch]
+    return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)
 
 
-def collated(data, indices: list[int]) -> tuple:
-    """The items of a Dataset as one batch, by torch's default_collate: a tuple of what loss takes.
+def batch(data, collate: Callable | None, indices: Tensor, device: torch.device) -> tuple:
+    """These examples as what loss takes after the model, on the device.
 
-    Items that are tuples or lists give an argument for each entry. Anything else, such as a dict, is one
-    argument.
+    A tuple or a list, from `collate` or of a Dataset's items, gives an argument for each entry; anything
+    else, such as a dict, is one argument.
     """
-    items = [data[i] for i in indices]
+    if isinstance(data, tuple) and collate is None:
+        return each(lambda x: x[indices.to(x.device)].to(device), data)
+    found = collated(data, indices.tolist(), collate)
+    return tuple(each(lambda x: x.to(device), part) for part in found)
+
+
+def items(data, indices: list[int]) -> list:
+    """These items of a Dataset; of a tuple of tensors, the tuples that a TensorDataset has as items.
+
+    Raises RuntimeError, which names the example, where one cannot be read.
+    """
+    if isinstance(data, tuple):
+        return [tuple(x[i] for x in data) for i in indices]
+    together = getattr(data, "__getitems__", None)
     try:
-        batch = torch.utils.data.default_collate(items)
-    except (TypeError, RuntimeError, KeyError) as error:
+        return list(together(indices)) if together else [data[i] for i in indices]
+    except Exception:
+        for i in indices:
+            try:
+                data[i]
+            except Exception as error:
+                raise RuntimeError(
+                    f"example {i} of the data cannot be read: {type(error).__name__}: {error}. Repair it, or "
+                    "leave it out of `batches`"
+                ) from error
+        raise
+
+
+def collated(data, indices: list[int], collate: Callable | None = None) -> tuple:
+    """The items as one batch, by `collate` or else torch's default_collate: a tuple of what loss takes."""
+    found = items(data, indices)
+    try:
+        batch = torch.utils.data.default_collate(found) if collate is None else collate(found)
+    except Exception as error:
+        if collate is not None:
+            raise RuntimeError(
+                f"collate fails for examples {indices[:5]}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(error, (TypeError, RuntimeError, KeyError)):
+            raise
         raise TypeError(
             f"examples {indices[:5]} of the Dataset cannot be put together: {error}. Each item must have the "
-            "same keys and tensors of the same shapes: pad them, or turn them into numbers, in the Dataset"
+            "same keys and tensors of the same shapes: pad them, or turn them into numbers, in the Dataset, "
+            "or pass collate=, a function that does so for a list of items"
         ) from error
-    _check_tensors(batch, indices, "item")
+    if collate is None:
+        _check_tensors(batch, indices, "item")
+    else:
+        _check_collated(batch, indices)
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _parts(batch, name: str) -> list[tuple[str, object]] | None:
+    """The entries of a container, each with a name that begins with `name`; None for what is not one."""
+    if isinstance(batch, Mapping):
+        return [(f"{name}[{key!r}]", x) for key, x in batch.items()]
+    if isinstance(batch, (tuple, list)) and not any(isinstance(x, (str, bytes)) for x in batch):
+        return [(f"{name}[{i}]", x) for i, x in enumerate(batch)]
+    return None
 
 
 def _check_tensors(batch, indices: list[int], where: str) -> None:
     """Raise TypeError unless the batch is made of tensors alone; `where` is the name of this part of it."""
     if isinstance(batch, Tensor):
         return
-    if isinstance(batch, dict):
-        parts = [(f"[{key!r}]", x) for key, x in batch.items()]
-    elif isinstance(batch, (tuple, list)) and not any(isinstance(x, (str, bytes)) for x in batch):
-        parts = [(f"[{i}]", x) for i, x in enumerate(batch)]
-    else:
+    parts = _parts(batch, where)
+    if parts is None:
         raise TypeError(
             f"{where} of the Dataset, in example {indices[0]}, is text or an object, not numbers; turn it "
             "into a tensor in the Dataset, such as token ids"
         )
     for name, x in parts:
-        _check_tensors(x, indices, where + name)
+        _check_tensors(x, indices, name)
+
+
+def _check_collated(batch, indices: list[int], where: str = "batch") -> None:
+    """Raise unless what collate returned is made of tensors alone, each with a row for each example."""
+    if isinstance(batch, Tensor):
+        if batch.dim() == 0 or len(batch) != len(indices):
+            raise ValueError(
+                f"collate returned a {where} of shape {tuple(batch.shape)} for {len(indices)} examples; each "
+                f"tensor must have an entry for each example, ({len(indices)}, …)"
+            )
+        return
+    parts = _parts(batch, where)
+    if parts is None:
+        raise TypeError(
+            f"collate returned a {where} that is text or an object ({type(batch).__name__}); it must return "
+            "tensors, in tuples, lists or dicts if there are several"
+        )
+    if not parts:
+        raise ValueError(
+            f"collate returned an empty {where} ({type(batch).__name__}); it must return tensors"
+        )
+    for name, x in parts:
+        _check_collated(x, indices, name)
 
 
 def check_batches(batches, n: int) -> list[Tensor]:

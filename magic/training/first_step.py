@@ -25,7 +25,10 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class _Watching(TorchFunctionMode):
     """Notes which functions return tensors of low precision, and whether one uses a tensor from outside.
 
-    low   function -> the precision of what it returned
+    What is made of tensors of low precision alone is a constant, since all that is trained is of a higher
+    one: frozen weights may lie in low precision, and be cut and looked up in, until they are cast up.
+
+    low   function -> the precision of what it returned, where it took a tensor of a higher one
     used  the name of the first tensor from `outside`, an id -> name, whose values were used
     """
 
@@ -39,7 +42,11 @@ class _Watching(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if isinstance(out, Tensor) and out.dtype in LOW_PRECISION:
+        if (
+            isinstance(out, Tensor)
+            and out.dtype in LOW_PRECISION
+            and _takes_higher((*args, *kwargs.values()))
+        ):
             self.low[name] = out.dtype
         # Values come out as tensors, or as tuples or lists of them. A shape is a tuple, too, but no value.
         tells = isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size)
@@ -48,6 +55,15 @@ class _Watching(TorchFunctionMode):
                 for part in x if isinstance(x, (tuple, list)) else (x,):
                     self.used = self.used or self.outside.get(id(part))
         return out
+
+
+def _takes_higher(arguments) -> bool:
+    """Whether there is a tensor of more than low precision among the arguments of a function."""
+    return any(
+        isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and x.dtype not in LOW_PRECISION
+        for argument in arguments
+        for x in (argument if isinstance(argument, (tuple, list)) else (argument,))
+    )
 
 
 def first_step(run, model: nn.Module) -> None:
@@ -113,8 +129,9 @@ def _three_times(run, model: nn.Module) -> tuple[State, State, State]:
 
 
 def _hidden_state(run) -> dict[str, object]:
-    """What the run's model and loss hold now that could carry something from step to step."""
-    return hidden_state.attributes(run.network.module) | hidden_state.held(run.loss)
+    """What the run's model, loss and collate hold now that could carry something from step to step."""
+    functions = hidden_state.held(run.loss) | hidden_state.held(run.collate, "collate")
+    return hidden_state.attributes(run.network.module) | functions
 
 
 def _remembers(name: str) -> determinism.NotDeterministic:

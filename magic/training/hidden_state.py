@@ -63,16 +63,19 @@ def attributes(model: nn.Module) -> dict[str, object]:
     }
 
 
-def held(function: Callable) -> dict[str, object]:
-    """What a function holds, and what objects that it holds do, by name, as far as `plain` knows it."""
-    found = {}
-    for name, value in captured(function):
+def held(function: Callable | None, role: str = "loss") -> dict[str, object]:
+    """What a function holds, and what objects that it holds do, by name, as far as `plain` knows it.
+
+    `role` is what the function is for the run, and part of the names.
+    """
+    found: dict[str, object] = {}
+    for name, value in captured(function) if function is not None else ():
         if (known := plain(value)) is not None:
-            found[f"{name!r}, which loss holds,"] = known
+            found[f"{name!r}, which {role} holds,"] = known
         elif _of_the_user(value):
             for key, inner in getattr(value, "__dict__", {}).items():
                 if (known := plain(inner)) is not None:
-                    found[f"{name + '.' + key!r}, which loss holds,"] = known
+                    found[f"{name + '.' + key!r}, which {role} holds,"] = known
     return found
 
 

@@ -38,11 +38,15 @@ class Run:
     """A deterministic training run, ready to be trained, replayed and differentiated.
 
     model      any nn.Module in float32 or float64; its values now are s_0. It is copied, never
-               changed. It trains in the mode (train or eval) each of its modules is in now.
+               changed. It trains in the mode (train or eval) each of its modules is in now. Frozen
+               parameters may lie in bfloat16 if they are cast up before they meet what is trained
     optimizer  torch.optim.SGD, Adam, AdamW or RMSprop over its parameters; read, never stepped. A group of
                Adam may have "eps_root", added under the root, which torch.optim does not know
-    data       a tuple of tensors or NumPy arrays with the n examples first, or a map-style Dataset. Where
-               its items are dicts, loss is given the batch as one dict
+    data       a tuple of tensors or NumPy arrays with the n examples first, a map-style Dataset, or a list
+               of dicts. Where its items are dicts, loss is given the batch as one dict
+    collate    makes a batch out of a list of items, as in a DataLoader; torch's default_collate if None.
+               Loss is given what it returns: the entries of a tuple, or one dict, one BatchEncoding. Where
+               data is a tuple of tensors, the items are tuples, as those of a TensorDataset
     loss       loss(model, *batch) -> (B,), one number per example
     batches    a (T, B) index tensor, or a sequence of T index tensors
     scheduler  a torch.optim.lr_scheduler, stepped once per training step; read on a copy
@@ -64,16 +68,17 @@ class Run:
         *,
         normalize: str = "batch",
         seed: int = 0,
+        collate: Callable | None = None,
     ):
         if normalize not in ("batch", "weights"):
             raise ValueError(f'normalize={normalize!r}: choose "batch" (Σwℓ/B) or "weights" (Σwℓ/Σw)')
         arguments.check_arguments(model, loss, seed)
         arguments.check_model(model)
         self.rule, self.group_of = optim.read(optimizer, model)
-        self.data, self.n = examples.check_data(data)
+        self.data, self.n = examples.check_data(data, collate)
         self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
-        self.loss, self.normalize, self.seed = loss, normalize, seed
+        self.loss, self.collate, self.normalize, self.seed = loss, collate, normalize, seed
         self.network = Network(arguments.frozen_copy(model, keep=self.group_of))
         named = dict(self.network.module.named_parameters())
         first = named[next(iter(self.group_of))]
@@ -108,10 +113,13 @@ class Run:
 
     @determinism.in_turn
     def model(self, state: State) -> nn.Module:
-        """A fresh module holding this state's values, in eval mode, usable like any other."""
+        """A fresh module holding this state's values, in eval mode, usable like any other.
+
+        Its frozen parameters lie in the run's memory until one of the two is written into (copy on write).
+        """
         if state.params.keys() != self.initial.params.keys():
             raise ValueError("this state is of another run: its parameters have other names")
-        model = arguments.clean_copy(self.network.module)
+        model = arguments.sharing_copy(self.network.module, self.network.frozen.values())
         values = {**state.params, **state.buffers}
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -167,13 +175,9 @@ class Run:
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def batch(self, t: int) -> tuple[Tensor, ...]:
-        """The examples of step t, on the model's device."""
-        indices = self.batches[t]
-        if isinstance(self.data, tuple):
-            return examples.each(lambda x: x[indices.to(x.device)].to(self.device), self.data)
-        batch = examples.collated(self.data, indices.tolist())
-        return tuple(examples.each(lambda x: x.to(self.device), part) for part in batch)
+    def batch(self, t: int) -> tuple:
+        """What loss takes of the examples of step t, on the model's device."""
+        return examples.batch(self.data, self.collate, self.batches[t], self.device)
 
     @determinism.in_turn
     def gradient(
@@ -201,7 +205,8 @@ class Run:
         named = [*self.network.module.named_parameters(), *self.network.module.named_buffers()]
         # The copy shares these, since other tensors are put into their place anyway.
         shared = {id(x): x for name, x in named if name not in self.network.frozen}
-        model = arguments.clean_copy(self.network.module, shared).eval()
+        frozen = self.network.frozen.values()
+        model = arguments.sharing_copy(self.network.module, frozen, shared).eval()
         params = {name: p.clone() for name, p in params.items()}
         out, _ = Network(model, watch=False).apply(measure, params, buffers)
         arguments.check_outputs(out)

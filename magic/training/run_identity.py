@@ -27,11 +27,14 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
 
 
 def written_by_the_user(run, fresh: bool = False) -> Identity:
-    """The identity of what the user wrote: the model, the loss, and a Dataset's items.
+    """The identity of what the user wrote: the model, the loss, the collate function, and a
+    Dataset's items.
 
     The items are read once, and kept with the run; again only if `fresh`.
     """
     found = of_model(run.network.module) | of_callable(run.loss, "loss")
+    if run.collate is not None:
+        found = found | of_callable(run.collate, "collate function")
     if isinstance(run.data, tuple):
         return found
     if fresh or "_items" not in run.__dict__:

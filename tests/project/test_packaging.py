@@ -29,6 +29,8 @@ LATER = [
     "joblib",
     "trak",
     "kronfluence",
+    "transformers",
+    "peft",
 ]
 
 
