@@ -20,7 +20,7 @@ from ..training.state import Cotangent, State
 from . import footprint
 from .adjoint import trace, traced_vjp
 from .places import Disk, written
-from .witness import EXAMPLES
+from .witness import examples_of
 
 # What the witness (`check_step`) holds at its peak beside activations: the model's copy, the point, the
 # direction, the gradient, its random weights and the derivative, and up to three more while autograd is at
@@ -124,12 +124,13 @@ def _witness_bytes(run: Run, traced_and_pulled: int, state: int, gradient: int) 
     It does in float64 what a trace and a pull do, but on a few examples of the batch only. So of the bytes
     of these two it takes the part that grows with the batch, in proportion. What does not grow are a state
     and a gradient in the trace, and a cotangent, as large as a state, and about two gradients in the pull:
-    they are taken off, and the witness's own copies are put in their place.
+    they are taken off, and the witness's own copies are put in their place, and its copy of what is frozen.
     """
     wider = 8 / run.dtype.itemsize  # a number in float64, beside one of the run's
-    share = min(EXAMPLES, len(run.batches[0])) / len(run.batches[0])
+    share = min(examples_of(run), len(run.batches[0])) / len(run.batches[0])
     activations = max(0, traced_and_pulled - 2 * state - 3 * gradient)
-    return int(wider * (WITNESS_ACTIVATIONS * share * activations + WITNESS_COPIES * gradient))
+    frozen = 8 * sum(p.numel() for p in run.network.frozen.values())
+    return int(wider * (WITNESS_ACTIVATIONS * share * activations + WITNESS_COPIES * gradient)) + frozen
 
 
 def _disk_seconds(run: Run, state: State, disk: Path) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.graph import graph_nodes
 from ..kernels.precision import InDouble
@@ -38,7 +38,16 @@ from .vjp import pull
 # cast that `magic.kernels.precision` could undo.
 STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3  # relative; a missing path changes a derivative by far more, and a difference is this good
-EXAMPLES = 8  # of a batch
+EXAMPLES, FEW = 8, 2  # of a batch; few in a large model, where each takes much memory and time
+LARGE = 10_000_000  # parameters
+
+
+def examples_of(run: Run) -> int:
+    """How many examples of a batch are looked at. Their number does not matter to what is checked, except
+    to a normalisation over the batch, which makes of two examples nothing but their order."""
+    large = sum(p.numel() for p in run.network.module.parameters()) > LARGE
+    over_batch = any(isinstance(x, nn.modules.batchnorm._NormBase) for x in run.network.module.modules())
+    return FEW if large and not over_batch else EXAMPLES
 
 
 def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
@@ -51,7 +60,7 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
     with determinism.alone():
         try:
-            gradient, point = _gradient_of(run, state, weights, EXAMPLES)
+            gradient, point = _gradient_of(run, state, weights, examples_of(run))
         except Exception:  # it may insist on a whole batch
             try:
                 gradient, point = _gradient_of(run, state, weights, len(run.batches[state.step]))

@@ -36,10 +36,7 @@ def pretrained(name: str, **options) -> tuple[nn.Module, Any]:
     transformers = needs("transformers", "text", "text.pretrained needs")
     name, options = _place(str(name), options)
     try:
-        try:
-            model = _model(transformers, name, options, "sdpa")
-        except ValueError:  # this model has no such attention
-            model = _model(transformers, name, options, "eager")
+        model = _model(transformers, name, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except OSError as error:
         raise OSError(f"{name!r} could not be loaded: {str(error).splitlines()[0]} {OFFLINE}") from error
@@ -69,11 +66,14 @@ def _place(name: str, options: dict) -> tuple[str, dict]:
     return str(Path(found.submodule_search_locations[0])), {"gguf_file": file, **options}
 
 
-def _model(transformers, name: str, options: dict, attention: str):
+def _model(transformers, name: str, options: dict):
     made = transformers.AutoModelForCausalLM.from_pretrained
-    model = made(name, attn_implementation=attention, **options).float().eval()
-    if "gguf_file" in options and hasattr(model.config, "quantization_config"):
-        # its weights are plain numbers now, and save_pretrained may write them
-        del model.config.quantization_config
+    try:
+        model = made(name, attn_implementation="sdpa", **options)
+    except ValueError:  # this model has no such attention, or something else is wrong, which is said then
+        model = made(name, attn_implementation="eager", **options)
+    if "gguf_file" in options:
+        # its weights are plain numbers now, and may be cast and saved like others
+        model.config.__dict__.pop("quantization_config", None)
         model.is_quantized, model.hf_quantizer = False, None
-    return model
+    return model.float().eval()

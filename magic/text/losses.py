@@ -124,9 +124,9 @@ def _check_tokens(model, tokens: Tensor) -> None:
         )
     find = getattr(model, "get_input_embeddings", None)
     embedding = find() if callable(find) else None
-    weight = getattr(embedding, "weight", None)
-    if isinstance(weight, Tensor):
-        _check_range("token", tokens, len(weight))
+    size = getattr(embedding, "num_embeddings", None)
+    if isinstance(size, int):
+        _check_range("token", tokens, size)
 
 
 def _check_range(what: str, numbers: Tensor, size: int) -> None:

@@ -52,7 +52,7 @@ def _texts(tokens) -> list[Tensor]:
         raise TypeError("pack takes tokens, not text; tokenise it first, with text.byte_tokenizer or another")
     single = hasattr(tokens, "dtype") or not isinstance(tokens, Iterable)
     texts = [tokens] if single else list(tokens)
-    if not single and all(isinstance(x, int) or getattr(x, "ndim", None) == 0 for x in texts):
+    if not single and all(isinstance(x, int | float) or getattr(x, "ndim", None) == 0 for x in texts):
         texts = [texts]
     try:
         made = [torch.as_tensor(text, device="cpu") for text in texts]
