@@ -164,10 +164,9 @@ class Content:
             self._many("generator", [str(x.device), x.get_state()])
         elif isinstance(x, weakref.ref):
             self._many("weakref", [x()])
-        elif isinstance(x, torch.utils.hooks.RemovableHandle):  # a hook's number; the module holds the hook
-            self._say("handle")
-        elif isinstance(x, logging.Logger):  # what it writes changes no result
-            self._named("logger", kind.__module__, x.name)
+        elif isinstance(x, logging.Logger | torch.utils.hooks.RemovableHandle):
+            # what a logger writes changes no result, and a handle is a number; its hook is the module's
+            self._named("logger", kind.__module__, getattr(x, "name", ""))
         elif kind.__module__ in ("typing", "torch._ops") or kind is types.GenericAlias:
             self._named("named", kind.__module__, str(x))
         elif kind.__module__.startswith(f"{OWN}.") and hasattr(kind, "fingerprint"):

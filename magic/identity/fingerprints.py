@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+PART = 1 << 26  # bytes that are copied at once
 
 
 def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
     """A digest (BLAKE2b, 64 bits) of each tensor's dtype, shape and bytes."""
     digests = {}
     for name, tensor in tensors.items():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         h = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
-        h.update(raw)
+        for part in _bytes(tensor):
+            h.update(part)
         digests[name] = h.hexdigest()
     return digests
+
+
+def _bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, some at a time.
+
+    NumPy might write, so PyTorch gives it a copy of what is shared until someone writes (torch._lazy_clone),
+    and keeps the copy. Here a copy is made of a part, and forgotten.
+    """
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    shared = getattr(torch._C, "_is_cow_tensor", None)
+    if shared is None or not shared(raw):
+        yield raw.numpy().data
+    else:
+        yield from (part.clone().numpy().data for part in raw.split(PART))
 
 
 def fingerprint(thing) -> str:

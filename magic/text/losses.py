@@ -4,6 +4,18 @@ The model sees the tokens up to a place and predicts the next one; the loss is t
 in nats, that it gave to the token that came. What is padding, or labelled −100 as transformers does it, is
 no target. transformers' own loss is one mean over all the targets of a batch, in which no example has a loss
 of its own, and it is taken in float32 whatever the model's precision; so it is not used here.
+
+With a small model from its configuration:
+
+    tokens = text.pack(text.byte_tokenizer()(page).input_ids, 64)          # (n, 65)
+    run = magic.Run(model, optimizer, tokens, text.loss(), batches)
+    scores = magic.attribute(run, lambda model: text.loss()(model, tokens[:2]))
+
+With sequences of several lengths, a padding collator makes a batch out of a list of items:
+
+    data = [tokenizer(page) for page in pages]
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    run = magic.Run(model, optimizer, data, text.loss(), batches, collate=collate)
 """
 
 from __future__ import annotations
