@@ -30,6 +30,7 @@ WINGS = {
     "training": "Training: a run as a function",
     "engine": "Engine: its derivative",
     "evidence": "Evidence: is the prediction true?",
+    "text": "Text: language models",
     "identity": "Identity: the same run, to the bit",
     "": "Which examples, and where",
 }
