@@ -12,9 +12,11 @@ import torch
 
 import magic
 from magic import text
+from magic.engine import witness
 from magic.kernels.precision import InDouble
 from magic.training.determinism import seed_step
 from tests.kernels.test_stop_gradients import relative_error
+from tests.support import cases
 
 tf = pytest.importorskip("transformers")
 WORDS, N = 40, 9
@@ -117,7 +119,10 @@ def test_in_float32_there_is_no_false_alarm():
     assert (single.values - exact.values).norm() < 1e-4 * exact.values.norm() > 1e-5
 
 
-def test_in_float32_a_wrong_derivative_is_still_found():
+@pytest.mark.parametrize("large", [witness.LARGE, 0])
+def test_in_float32_a_wrong_derivative_is_still_found(large, monkeypatch):
+    """In a large model, too, of which the witness looks at two examples of a batch."""
+    monkeypatch.setattr(witness, "LARGE", large)
     model = MODELS["llama"](dtype=torch.float32)
     right = type(model.model.norm)
 
@@ -127,8 +132,15 @@ def test_in_float32_a_wrong_derivative_is_still_found():
 
     model.model.norm.__class__ = Wrong
     run = run_of(model)
+    assert witness.examples_of(run) == (8 if large else 2)
     with pytest.raises(magic.NotDifferentiable, match="finite difference gives"):
         magic.attribute(run, first_two, progress=False)
+
+
+def test_of_what_is_normalised_over_the_batch_the_witness_looks_at_more(monkeypatch):
+    monkeypatch.setattr(witness, "LARGE", 0)
+    run, *_ = cases.build("batchnorm-sgd")
+    assert witness.examples_of(run) == 8
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
