@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +98,33 @@ def python_text(train: int = 2000, test: int = 200, length: int = 32, seed: int 
     characters = "".join(sorted(set(text)))
     index = {c: i for i, c in enumerate(characters)}
     tokens = torch.tensor([index[c] for c in text])
+    return *_rows(tokens, train, test, length, seed), characters
+
+
+def documentation(train: int = 1000, test: int = 200, length: int = 24, words: int = 1000, seed: int = 0):
+    """The language reference of Python 3.11, as sequences of words and signs.
+
+    Returns (train, test, vocabulary): int64 tokens (n, length + 1) and (m, length + 1), indices into the list
+    `vocabulary` of the most frequent words; all others are its first, "<other>". Sequences do not overlap;
+    which are taken depends on `seed`.
+    Source: `pydoc_data.topics` of Python 3.11.7, which comes with magic since it differs between versions of
+    Python. Copyright 2001–2023 Python Software Foundation; licence: PSF version 2.
+    """
+    packed = Path(__file__).with_name("python_docs.txt.gz").read_bytes()
+    text = re.sub(r"([^\w\s])\1{2,}", " ", gzip.decompress(packed).decode())  # without ruled lines
+    found = re.findall(r"\w+|[^\w\s]", text)
+    vocabulary = ["<other>", *(word for word, _ in Counter(found).most_common(words - 1))]
+    index = {word: i for i, word in enumerate(vocabulary)}
+    return *_rows(torch.tensor([index.get(word, 0) for word in found]), train, test, length, seed), vocabulary
+
+
+def _rows(tokens: Tensor, train: int, test: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two parts of the sequences of length + 1 tokens into which these are cut."""
     rows = tokens[: len(tokens) // (length + 1) * (length + 1)].view(-1, length + 1)
-    if not 0 < train + test <= len(rows):
+    if not (train > 0 and test > 0 and train + test <= len(rows)):
         raise ValueError(f"train={train} and test={test}: there are {len(rows):,} sequences of this length")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order[:train]], rows[order[train : train + test]], characters
+    return rows[order[:train]], rows[order[train : train + test]]
 
 
 def _scaled(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> Split:
