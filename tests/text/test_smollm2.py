@@ -13,7 +13,9 @@ pytest.importorskip("peft")
 def test_the_script_with_a_tiny_model(capsys):
     from tests import smollm2
 
-    found = smollm2.main(["--tiny", "--steps", "4", "--batch", "3", "--length", "12", "--rank", "2"])
+    found = smollm2.main(
+        ["--tiny", "--double", "--steps", "4", "--batch", "3", "--length", "12", "--rank", "2"]
+    )
     said = capsys.readouterr().out
     assert f"a state {found['final'].nbytes:,}" in said and "The whole derivative against" in said
     assert (found["run"].steps, found["run"].n, tuple(found["scores"].values.shape)) == (4, 12, (2, 12))
