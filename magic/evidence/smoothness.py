@@ -48,9 +48,7 @@ def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: Stat
     Buffers and optimizer state are left out, as in the paper. Raises ValueError for a direction that is 0 or
     of another shape, and for one along which the trained parameters do not change.
     """
-    direction = run.weights(direction, allow_negative=True)
-    if not direction.any():
-        raise ValueError("direction is 0: it must move some weight")
+    direction = _way(run, direction)
     if not length > 0:
         raise ValueError(f"length={length}: a positive step along the direction")
     start = start or run.train(progress=False)
@@ -63,13 +61,21 @@ def metasmoothness(run: Run, direction: Tensor, length: float = 0.5, start: Stat
     return ((first * second.sign()).sum() / moved).item()
 
 
+def _way(run: Run, direction: Tensor) -> Tensor:
+    """The direction as weights of the run; ValueError where it is 0 or has another shape."""
+    direction = torch.as_tensor(direction)
+    if direction.shape not in ((run.n,), run.shape) or not direction.any():
+        raise ValueError(f"direction must be ({run.n},) and not 0; it is {tuple(direction.shape)}")
+    return run.weights(direction, allow_negative=True)
+
+
 def similarity(run: Run, measure: Callable, direction: Tensor, length: float = 1.0, **options) -> Tensor:
     """(K,): cosine of the scores at w = 1 with those at 1 + length·direction, their means taken off.
 
     direction  (n,), in data weights; `directions` gives some, and length 1 goes a whole random set away
     options    those of `magic.attribute`: memory, plan
     """
-    direction = run.weights(direction, allow_negative=True)
+    direction = _way(run, direction)
     ends = [attribute(run, measure, 1 + k * length * direction, progress=False, **options) for k in (0, 1)]
     return ends[0].cosine(ends[1])
 

@@ -93,7 +93,7 @@ def gradient_of_part(run, inputs: Inputs, t: int, part: int, create_graph: bool 
     params, buffers = inputs.params, inputs.buffers
     arguments.check_mode(run.device)
     determinism.seed_step(run.seed, t, part)
-    batch = run.batch(t, part)
+    batch = run.batch(t, part) if run.accumulate > 1 else run.batch(t)
     held = {name: x.clone() for name, x in buffers.items()}
     # While the gradient is taken, a `detach` cuts, as in training. Afterwards, when `stops.pulling` is set,
     # it is the identity: what it held fixed moves with the parameters from step to step. `stops.escapes`

@@ -18,6 +18,7 @@ from magic.engine.planning import PLACES, Plan
 from magic.engine.search import parse_bytes
 from magic.engine.witness import check_step
 from magic.engine.work import Choice, Sweep, Work
+from magic.training.state import Cotangent
 from tests.support import cases, slots
 
 
@@ -309,7 +310,7 @@ def test_no_tensor_stays_alive(name):
             name: {k: x.new_ones(2, *x.shape) for k, x in of.items() if x.is_floating_point()}
             for name, of in traced.after.slots.items()
         }
-        magic.engine.adjoint.traced_vjp(run, traced, magic.State(ones, {}, slots, 1))
+        magic.engine.adjoint.traced_vjp(run, traced, Cotangent(ones, {}, slots, 1))
         return traced if keep else None
 
     _, held, _ = footprint.measured(lambda: a_step_there_and_back(keep=True), cpu)

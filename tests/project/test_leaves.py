@@ -6,6 +6,8 @@ import pickle
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import magic
-from magic import subsets
+from magic import subsets, text
 from magic.book import checks, data, models, plot
 from magic.show import DISTRIBUTIONS, Figure
 from tests.support import cases
@@ -74,6 +76,16 @@ def test_the_fashion_that_comes_with_magic_is_what_seed_0_draws_from_the_whole(m
     monkeypatch.setenv("FASHION_MNIST", str(data.DEBIAN))
     drawn = data.fashion_mnist(train=4000, test=1000)
     assert all(torch.equal(a, b) for a, b in zip(shipped, drawn, strict=True))
+
+
+def test_documentation():
+    train, test, words = data.documentation(train=60, test=20, length=10, words=300)
+    assert train.shape == (60, 11) and test.shape == (20, 11) and len(words) == 300
+    assert train.min() >= 0 and train.max() < 300 and words[0] == "<other>"
+    assert {"the", "version", "object"} <= set(words)
+    assert torch.equal(train[:5], data.documentation(5, 20, 10, 300)[0])
+    with pytest.raises(ValueError, match="sequences of this length"):
+        data.documentation(train=10**6)
 
 
 def test_data_that_cannot_be_had_says_how_to_get_it(monkeypatch, tmp_path):
@@ -192,6 +204,13 @@ def estimated(method):
     return method(run, first(run), run.initial)
 
 
+def in_a_wheel(folder):
+    """The model of a package that is there."""
+    there = SimpleNamespace(submodule_search_locations=[str(folder)])
+    with mock.patch("importlib.util.find_spec", return_value=there):
+        return text.loading._place("SmolLM2-135M-Instruct", {})
+
+
 CALLS = {
     "attribution.top": lambda folder: scored().top(0),
     "book.data._torchvision": lambda folder: data.cifar10(root=folder),
@@ -212,6 +231,11 @@ CALLS = {
     "evidence.rows.frame": lambda folder: magic.evidence.bank.frame(folder / "bank"),
     "evidence.smoothness.survey": lambda folder: magic.smoothness.survey({}, None),
     "evidence.trak._traker": lambda folder: estimated(magic.baselines.trak),
+    "text.loading._place": in_a_wheel,
+    "text.loading.pretrained": lambda folder: text.pretrained(str(folder)),
+    "text.packing.byte_tokenizer": lambda folder: text.byte_tokenizer(),
+    "text.passages.frame": lambda folder: text.Passages(()).frame(),
+    "text.passages.plot": lambda folder: text.Passages(()).plot(),
 }
 
 
