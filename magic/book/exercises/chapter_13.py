@@ -45,7 +45,7 @@ def span_effect(answer) -> None:
         added = {"the outputs are added up; each has a change of its own": want.sum()}
         _no_single(case, got, want, added)
         later, earlier = (_of_tokens(scores, spans, shift) for shift in (0, 2))
-        apart = sum(_of_tokens(scores, [span]) for span in spans)
+        apart = torch.stack([_of_tokens(scores, [span]) for span in spans]).sum(0)
         from_end = -scores[:, [i for i, start, _ in spans if start == 0], -1].sum(1)
         suspects = {
             "this is what more of these tokens would do: a removal takes their weight from 1 to 0": -want,
