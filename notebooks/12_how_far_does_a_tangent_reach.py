@@ -502,4 +502,4 @@ def where_r2_is_zero(second, slope):
 #
 # <details><summary>Hint</summary>Such sets have the mean 1.5. `bent.predict` takes negative distances.</details>
 #
-# **Next:** [16 · Epilogue](16_epilogue.ipynb)
+# **Next:** [13 · Language models](13_language_models.ipynb)

@@ -241,6 +241,8 @@ def state(x) -> dict[str, object]:
             for k, v in found.items()
         }
         found = {k: v for k, v in found.items() if not (k.startswith("_") and _empty(v))}
+    # transformers keeps Python's hash of how a model generates, which is another one in each process
+    found.pop("_original_object_hash", None)
     if any(parent.__name__ == "PreTrainedTokenizerBase" for parent in type(x).__mro__):
         found = _tokenizer(found)
     return dict(sorted(found.items(), key=lambda item: str(item[0])))

@@ -603,3 +603,16 @@ def test_what_a_wrapped_function_holds_is_no_code(wrap):
     before = parts.of_callable(one, "loss").parts
     assert parts.changed(parts.of_callable(other, "loss"), before, trust=True) != []
     assert differ(wrap(lambda x: x + 1), wrap(lambda x: x + 2)) != []
+
+
+def test_a_hash_that_transformers_keeps_does_not_count():
+    """Python's hash of texts differs from process to process, and a bank of one must serve the other."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 10, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 1}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config)
+    before = parts.of_model(model).parts
+    model.generation_config._original_object_hash += 1
+    assert parts.of_model(model).parts == before
+    model.generation_config.max_length += 1
+    assert parts.of_model(model).parts != before
