@@ -45,9 +45,9 @@ def outputs(
     how    "weight": an example of weight 0 is in its batch, with weight 0; "rows": it is left out of it
            (see `magic.retrain`). A bank knows its own
     bank   where outputs are looked up, and kept as soon as each training is done
-    jobs   processes; None: one if that is quick enough or the run is on a GPU, which the processes would
-           share, otherwise all cores; or what joblib.parallel_config says. The bits do not depend on it. With more than one process, call
-           torch.set_num_threads(1) first, or they compete for the cores
+    jobs   processes; None: one if that is quick enough or the run is on a GPU, which they would share;
+           otherwise all cores, or what joblib.parallel_config says. The bits do not depend on it. With more
+           than one process, call torch.set_num_threads(1) first, or they compete for the cores
     progress   whether a bar is shown; by default it is
 
     Raises ValueError for a bank of another run or measure, for a damaged row, or for a run that changed

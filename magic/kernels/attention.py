@@ -187,7 +187,7 @@ def attention(
     if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         if dropout_p and not _is_plain(given, scale, enable_gqa):
             raise ValueError(
-                f"attention with dropout on {q.device.type}: PyTorch's fused kernel has no second derivative, "
+                f"attention with dropout on {q.device.type}: PyTorch's fused kernel has no second derivative "
                 "and its plain form draws other random numbers. Train with the plain form, too, by `with "
                 "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` in the loss (in "
                 'transformers attn_implementation="eager"), or without dropout in attention'

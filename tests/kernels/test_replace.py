@@ -264,12 +264,12 @@ def test_attention_that_drops_on_a_gpu(monkeypatch):
             if chosen is kernels.MATH:
                 assert F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).shape == q.shape
                 continue
-            with pytest.raises(ValueError, match="attention with dropout on meta.*SDPBackend.MATH"):
+            with pytest.raises(ValueError, match=r"attention with dropout on meta.*SDPBackend\.MATH"):
                 F.scaled_dot_product_attention(q, q, q, None, 0.5)
 
 
 def test_what_is_one_kernel_on_a_gpu_only():
-    """There its gradient has other bits where it is differentiated again. The meta device stands for a GPU."""
+    """There its gradient has other bits where it is differentiated again. The meta device stands in."""
     for device in ("cpu", "meta"):
         x, cell = torch.randn(3, 8, device=device), nn.LSTMCell(8, 4, device=device)
         for f in (nn.RMSNorm(8, device=device), cell, nn.GRUCell(8, 4, device=device)):
