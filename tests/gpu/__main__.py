@@ -197,9 +197,16 @@ def main(arguments: list[str] | None = None) -> int:
     asked = [name.strip() for name in given.stages.split(",")]
     if unknown := [name for name in asked if name not in STAGES]:
         parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-    until = time.monotonic() + given.budget
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report(given.out)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it began ends with it
+    try:
+        return ask(given, asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ask(given: argparse.Namespace, asked: list[str]) -> int:
+    """Run the stages that were asked for; 1 where there is no device to run them on."""
+    until, report = time.monotonic() + given.budget, Report(given.out)
     run_all([Part("machine", "machine", 90)], given.device, report, until, 1)
     if not any(told.get("usable") for told in report.found("machine")):
         report.say(

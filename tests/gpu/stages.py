@@ -185,6 +185,7 @@ def tests(teller: Teller, files: str, share: str, shares: str) -> None:
         *paths,
     ]
     env = {"GPU_INTO": teller.into, "GPU_LABEL": teller.label, "SHARE": share, "SHARES": shares}
+    env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env)
     if done.returncode not in (0, 5):  # 5: this share has no test
         sys.exit(done.returncode)
