@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,13 +48,23 @@ class Work:
     test: tuple[Tensor, ...]
     loss: Callable
     order: Tensor
+    scheduler: Callable | None = None
+    clip: float | None = None
+
+    def to(self, device: str) -> Work:
+        """The same work there."""
+        there = {name: tuple(x.to(device) for x in getattr(self, name)) for name in ("data", "test")}
+        model = copy.deepcopy(self.model).to(device)
+        return replace(self, model=model, order=self.order.to(device), **there)
 
     def measure(self, targets: int) -> Callable:
         test = tuple(x[:targets] for x in self.test)
         return lambda model: self.loss(model, *test)
 
     def run(self) -> magic.Run:
-        return magic.Run(self.model, self.optimizer(self.model), self.data, self.loss, self.order)
+        optimizer = self.optimizer(self.model)
+        scheduler = self.scheduler and self.scheduler(optimizer)
+        return magic.Run(self.model, optimizer, self.data, self.loss, self.order, scheduler, clip=self.clip)
 
 
 def next_token(model, tokens):
@@ -100,20 +110,31 @@ def build(name: str) -> Work:
     return WORKS[name]()
 
 
-def plain(work: Work) -> nn.Module:
-    """What everybody writes."""
+def plain(work: Work, foreach: bool | None = None) -> nn.Module:
+    """What everybody writes; with foreach=False the loop whose bits a Run has on a GPU, too."""
     model = copy.deepcopy(work.model)
     optimizer = work.optimizer(model)
+    for group in optimizer.param_groups:
+        group["foreach"] = foreach
+    scheduler = work.scheduler and work.scheduler(optimizer)
     for indices in work.order:
         optimizer.zero_grad()
         work.loss(model, *(x[indices] for x in work.data)).mean().backward()
+        if work.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), work.clip)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
     return model
 
 
 def seconds(job: Callable) -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     job()
+    if torch.cuda.is_initialized():  # a GPU works on its own, so it is waited for
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -15,7 +15,7 @@ def agree(name: str, mine: Tensor, reference: Tensor, tolerance: float = 1e-6) -
 
     Raises AssertionError, with the difference, if they do neither, or for two shapes.
     """
-    mine, reference = torch.as_tensor(mine).detach(), torch.as_tensor(reference).detach()
+    mine, reference = (torch.as_tensor(x).detach().cpu() for x in (mine, reference))
     if mine.shape != reference.shape:
         raise AssertionError(f"{name}: shape {tuple(mine.shape)}, the reference has {tuple(reference.shape)}")
     exact = mine.dtype == reference.dtype and torch.equal(_bits(mine), _bits(reference))

@@ -45,9 +45,9 @@ def outputs(
     how    "weight": an example of weight 0 is in its batch, with weight 0; "rows": it is left out of it
            (see `magic.retrain`). A bank knows its own
     bank   where outputs are looked up, and kept as soon as each training is done
-    jobs   processes; None: one if that is quick enough, otherwise all cores, or what
-           joblib.parallel_config says. The bits do not depend on it. With more than one process, call
-           torch.set_num_threads(1) first, or they compete for the cores
+    jobs   processes; None: one if that is quick enough or the run is on a GPU, which they would share;
+           otherwise all cores, or what joblib.parallel_config says. The bits do not depend on it. With more
+           than one process, call torch.set_num_threads(1) first, or they compete for the cores
     progress   whether a bar is shown; by default it is
 
     Raises ValueError for a bank of another run or measure, for a damaged row, or for a run that changed
@@ -89,7 +89,8 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
     if jobs is None and todo and not _elsewhere():
         yield todo[0], retrained(run, measure, weights[todo[0]], how)
         todo = todo[1:]
-        jobs = None if (time.monotonic() - start) * len(todo) > WORTH else 1
+        quick = (time.monotonic() - start) * len(todo) <= WORTH
+        jobs = 1 if quick or (run.device.type != "cpu" and not _told()) else None
     if jobs == 1:
         for s in todo:
             yield s, retrained(run, measure, weights[s], how)
@@ -147,6 +148,15 @@ def _some(work, token: str, rows: list, how: str, threads: int) -> list:
         torch.set_num_threads(threads)
         run, measure = _unpacked(work, token)
         return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]
+
+
+def _told() -> bool:
+    """Whether joblib was told a number of processes."""
+    try:
+        from joblib.parallel import get_active_backend
+    except ImportError:
+        return False
+    return get_active_backend()[1] is not None
 
 
 def _elsewhere() -> bool:

@@ -179,13 +179,21 @@ def attention(
 
     PyTorch is asked which kernel it would choose. The plain one it can differentiate itself; a mask that
     requires a gradient goes there, too. Where there is no batch axis, PyTorch adds one of length 1, and so
-    does this function. It returns None for other shapes.
+    does this function. It returns None for other shapes. Raises ValueError for dropout in a kernel whose
+    random numbers the plain form does not draw.
     """
     q, k, v, mask = query, key, value, attn_mask
-    if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
-        return None
     given = (q, k, v, mask, dropout_p, is_causal)
-    if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
+    if q.device.type != "cpu" or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
+        if dropout_p and not _is_plain(given, scale, enable_gqa):
+            raise ValueError(
+                f"attention with dropout on {q.device.type}: PyTorch's fused kernel has no second derivative "
+                "and its plain form draws other random numbers. Train with the plain form, too, by `with "
+                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` in the loss (in "
+                'transformers attn_implementation="eager"), or without dropout in attention'
+            )
+        return None
+    if _is_plain(given, scale, enable_gqa):
         return PLAIN(*given, scale=scale, enable_gqa=enable_gqa)
     if mask is not None:  # a copy, since the user may fill theirs anew before the derivative is pulled back
         fresh = torch.zeros_like(mask, dtype=q.dtype)
@@ -196,6 +204,11 @@ def attention(
         mask = mask.unsqueeze(0)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     return _Attention.apply(q, k, v, mask, _Way(is_causal, scale)).squeeze(0)
+
+
+def _is_plain(given: tuple, scale: float | None, enable_gqa: bool) -> bool:
+    """Whether PyTorch would choose the plain form for these arguments."""
+    return torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value
 
 
 @contextlib.contextmanager

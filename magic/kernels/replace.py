@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
 from . import checkpointing
 from .attention import PLAIN, attention, everywhere
@@ -60,11 +61,18 @@ OTHER_BITS = {
     torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve,
     torch.group_norm, torch.native_group_norm,
 }  # fmt: skip
+# And of these on a GPU, where they are one kernel.
+OTHER_BITS_ON_A_GPU = {F.rms_norm, torch.rms_norm, torch.lstm_cell, torch.gru_cell}
 
 
 def _in_eval(func, args, kwargs) -> bool:
     """Whether this call of a batch normalisation uses the running statistics, and so is written out."""
     return not (args[5] if len(args) > 5 else kwargs.get("training", False))
+
+
+def _on_cpu(args, kwargs) -> bool:
+    """Whether the tensors that an operation is given are on the CPU."""
+    return all(x.device.type == "cpu" for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor))
 
 
 class _Replace(TorchFunctionMode):
@@ -94,7 +102,7 @@ class _Replace(TorchFunctionMode):
         if func in REWRITTEN:
             self.rewritten = True
             return REWRITTEN[func](*args, **kwargs)
-        self.rewritten |= func in OTHER_BITS
+        self.rewritten |= func in OTHER_BITS or (func in OTHER_BITS_ON_A_GPU and not _on_cpu(args, kwargs))
         if func in REFUSED:
             return REFUSED[func](*args, **kwargs)
         if func is PLAIN:

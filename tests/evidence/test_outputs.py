@@ -159,6 +159,20 @@ def test_as_many_processes_as_joblib_is_told(monkeypatch):
     assert asked == [-1, 3] and len(found.unique(dim=0)) == 4
 
 
+def test_processes_do_not_share_a_gpu_unless_joblib_is_told(monkeypatch):
+    class OnAGpu:
+        device = torch.device("cuda")
+
+    ways = []
+    monkeypatch.setattr(many, "WORTH", 0.0)
+    monkeypatch.setattr(many, "retrained", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(many, "_in_parallel", lambda *work: ways.append(work[-1]) or iter(()))
+    todo = (OnAGpu(), None, torch.ones(3, 5), [0, 1, 2], "weight", None)
+    assert [s for s, _ in many._trained(*todo)] == [0, 1, 2] and not ways
+    with joblib.parallel_config(n_jobs=2):
+        assert [s for s, _ in many._trained(*todo)] == [0] and ways == [None]
+
+
 def test_other_backends_and_a_worker_that_fails(tmp_path, monkeypatch):
     run, measure = small()
     weights = subsets.single(run.n, range(8))

@@ -144,8 +144,9 @@ def test_second_derivatives(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_same_bits(name, dtype, device):
-    """Value and first derivative are those of training."""
+def test_same_bits(name, dtype, device, monkeypatch):
+    """Value and first derivative are those of training, where cuDNN takes the kernels that it takes there."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     f, inputs = arguments(name, dtype)
     inputs = [x.detach().to(device).requires_grad_() for x in inputs]
     plain = call(f, inputs)
@@ -153,6 +154,9 @@ def test_same_bits(name, dtype, device):
     expected = torch.autograd.grad(plain, inputs, g)
     with differentiable() as replace:
         value = call(f, inputs)
+    if name.startswith("attention") and device.type != "cpu":  # there it is of the other kind
+        assert replace.rewritten
+        return
     found = torch.autograd.grad(value, inputs, g, create_graph=True)
     assert not replace.rewritten
     assert torch.equal(plain, value)
@@ -247,6 +251,31 @@ def test_attention_that_drops_keeps_its_dice():
     g = torch.randn_like(plain)
     (expected,) = torch.autograd.grad(plain, q, g)
     assert torch.equal(expected, torch.autograd.grad(value, q, g, create_graph=True)[0])
+
+
+def test_attention_that_drops_on_a_gpu(monkeypatch):
+    """A fused kernel draws its own random numbers, so that the plain form would be another function. The meta
+    device stands for a GPU."""
+    q, kernels = torch.randn(1, 2, 6, 4, device="meta"), torch.nn.attention.SDPBackend
+    for chosen in (kernels.EFFICIENT_ATTENTION, kernels.MATH):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, chosen=chosen, **__: chosen.value)
+        with differentiable() as mode:
+            assert F.scaled_dot_product_attention(q, q, q).shape == q.shape and mode.rewritten
+            if chosen is kernels.MATH:
+                assert F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).shape == q.shape
+                continue
+            with pytest.raises(ValueError, match=r"attention with dropout on meta.*SDPBackend\.MATH"):
+                F.scaled_dot_product_attention(q, q, q, None, 0.5)
+
+
+def test_what_is_one_kernel_on_a_gpu_only():
+    """There its gradient has other bits where it is differentiated again. The meta device stands in."""
+    for device in ("cpu", "meta"):
+        x, cell = torch.randn(3, 8, device=device), nn.LSTMCell(8, 4, device=device)
+        for f in (nn.RMSNorm(8, device=device), cell, nn.GRUCell(8, 4, device=device)):
+            with differentiable() as mode:
+                f(x)
+            assert mode.rewritten == (device == "meta")
 
 
 def test_a_mask_may_be_filled_anew_before_the_pull():
