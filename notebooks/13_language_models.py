@@ -29,7 +29,7 @@
 # | $w_{il}$ | `weights[i, l]` | the data weight of one token of one passage |
 # | clipping | `clip=1.0` | where the norm of the whole gradient is above 1, the gradient is divided by it |
 #
-# About thirty minutes to read, two to run.
+# About thirty minutes to read, one or two to run.
 
 # %%
 import pandas as pd
@@ -244,10 +244,10 @@ judged = {
 }
 centre = scores_of(run, measure, "_centre", at="centre", drop=0.1)
 judged["centre"] = magic.lds(centre, drop=0.1, subsets=30, bank=bank, progress=False)
-claim("LDS at 1 %", judged[0.01].spearman, at_least=LDS1)
-claim("LDS at 5 %", judged[0.05].spearman, at_least=LDS5)
-claim("LDS at 10 %", judged[0.1].spearman, at_least=LDS10)
-claim("LDS at 10 %, taken at the centre", judged["centre"].spearman, at_least=LDSC)
+claim("LDS at 1 %", judged[0.01].spearman, at_least=0.97)
+claim("LDS at 5 %", judged[0.05].spearman, at_least=0.93)
+claim("LDS at 10 %", judged[0.1].spearman, at_least=0.88)
+claim("LDS at 10 %, taken at the centre", judged["centre"].spearman, at_least=0.9)
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 pd.DataFrame(
@@ -278,7 +278,7 @@ for name, values in (("search by words", torch.tensor(lexical)), ("search by mea
     rival = by_passage.like(-values)
     rivals[name] = magic.lds(rival, drop=0.05, subsets=60, bank=bank, progress=False)
     print(f"{name}: LDS {rivals[name].spearman}")
-claim("LDS at 5 % of the better search", max(r.mean for r in rivals.values()), at_most=RIVAL)
+claim("LDS at 5 % of the better search", max(r.mean for r in rivals.values()), at_most=0.5)
 
 # %% [markdown]
 # A search finds passages *about* the saying. It cannot know that a passage teaches something else at the same time, that the model had learned the saying
@@ -320,12 +320,12 @@ def judged_as_it_is(name, sets, **changed):
 masked, _ = judged_as_it_is("dropout", 60, dropout=0.1)
 rough, largest = judged_as_it_is("rough", 30, spread=0.02)
 claim("with dropout: LDS at 5 %", masked, at_least=0.95)
-claim("from a start of .02: LDS at 5 %", rough, at_most=ROUGHHIGH)
+claim("from a start of .02: LDS at 5 %", rough, at_most=0.2)
 claim("nats by which one passage would move a saying, by its scores", largest, at_least=100)
 claim("and by ours, at most", by_passage.values.abs().max(), at_most=1.0)
 
 # %% [markdown]
-# One number in the configuration decides between a training whose derivative predicts nearly perfectly and one whose derivative predicts
+# One number in the configuration decides between a training whose derivative predicts well and one whose derivative predicts
 # nothing. The derivative is exact in both. In the rough run its size gives it away: no passage of a thousand can move the loss of a word by a
 # hundred nats, when a word drawn blindly from the vocabulary has a loss of seven. A derivative that large is the slope of a function that wriggles
 # ([chapter 08](08_is_the_derivative_useful.ipynb)). Nothing in `scores.health` says so here; look at the sizes, and measure the smoothness, before you believe.
@@ -333,7 +333,13 @@ claim("and by ours, at most", by_passage.values.abs().max(), at_most=1.0)
 # ## 7 · What it costs, and for larger models
 #
 # A replay of $K$ targets costs about $T\,(c_0 + c_1 K)$ steps, where $c_0$ is the training itself and the traces, and $c_1$ one
-# Hessian-vector product for each target, some 2 to 3 training steps. COSTS
+# Hessian-vector product for each target, some two training steps. Here, on two
+# cores of a virtual machine with other work, a training took 6 seconds, a replay of four sayings 65 and one of twelve 154: two trainings for each
+# further saying.
+#
+# What grows with the model is the state. With AdamW a state is three times the parameters, and so is the cotangent of each target: 1.5 GB each for
+# the 124 million parameters of GPT-2 in single precision. Adapters (LoRA) are all that a run of theirs carries: of rank 8, on the queries and values of a
+# model of 8 billion parameters, they have 3.4 million, and a state takes 41 MB. Time does not shrink so much, since every step still goes forwards and backwards through the whole model.
 
 # %% [markdown]
 # ## What we claim

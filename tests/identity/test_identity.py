@@ -611,8 +611,9 @@ def test_a_hash_that_transformers_keeps_does_not_count():
     sizes = {"vocab_size": 10, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 1}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(config)
+    model.generation_config._original_object_hash = 1
     before = parts.of_model(model).parts
-    model.generation_config._original_object_hash += 1
+    model.generation_config._original_object_hash = 2
     assert parts.of_model(model).parts == before
-    model.generation_config.max_length += 1
+    model.generation_config.max_length = 7
     assert parts.of_model(model).parts != before
