@@ -194,7 +194,7 @@ claim("share of the scores of all that have it on that one token", share, at_lea
 
 # %%
 bank = shipped_bank("13_language_models", run, measure)
-spans = [(i, l, l + 1) for i, l in pair.nonzero().tolist()]
+spans = [(i, place, place + 1) for i, place in pair.nonzero().tolist()]
 weights = torch.stack(
     [
         run.weights(subsets.top(by_passage.values[1], [20])[0]).cpu(),
