@@ -88,7 +88,7 @@ claim("nats per word of passages it has not seen", nats, at_most=4.5)
 claim("nats that it gains over the frequencies of words", by_frequency - nats, at_least=0.6)
 
 # %% [markdown]
-# That is a poor model, of some fifty thousand parameters and two hundred steps. But it has learned what words follow which, and for a part of
+# That is a poor model, of 58,240 parameters and two hundred steps. But it has learned what words follow which, and for a part of
 # that we know who taught it: *New in version 3* is in fifteen of the thousand passages. We ask about twelve such sayings.
 
 # %%
@@ -299,7 +299,7 @@ claim("steps, of 200, in which gradients were clipped", clipped, at_least=3, at_
 # another, as chapter 10 did with other seeds.
 #
 # **The start.** transformers draws the weights of GPT-2 with a standard deviation of .02, right for a width of 768. In a model of width 32
-# the first LayerNorm then divides by numbers near .02, which magnifies fifty times what stands in front of it, and Adam's first steps move such weights by a third of their size. We have drawn them with .15, about
+# the first LayerNorm then divides by numbers near .02, which magnifies fifty times what stands in front of it, and AdamW's steps, of up to .008, move such weights by up to two fifths of their size. We have drawn them with .15, about
 # $1/\sqrt{32}$. The same run from a start of .02:
 
 # %%
@@ -345,7 +345,7 @@ claim("and by ours, at most", by_passage.values.abs().max(), at_most=1.0)
 # ## What we claim
 #
 # - For this model, one replay gives scores for each of 24,000 words and twelve sayings; they agree with training again along a random direction, and rank random removals of
-#   passages as training again does.
+# passages nearly as training again does, with an LDS of .985 at 1 %, .957 at 5 % and, from the centre, .928 at 10 %.
 # - For a saying whose teachers we know, the scores find them, to the word.
 #
 # Two of the bank's trainings, made again here:
@@ -360,7 +360,7 @@ claim("they differ, over the outputs' standard deviation, by", far, at_most=0.01
 # %% [markdown]
 # ## What we ignored
 #
-# - **Size.** Fifty thousand parameters and words for tokens. `magic.text.pretrained` loads larger models, and with LoRA only the
+# - **Size.** Sixty thousand parameters, and words for tokens. `magic.text.pretrained` loads larger models, and with LoRA only the
 #   adapters are differentiated; see [the guide](guide.md).
 # - **Other estimates.** TRAK and EK-FAC, which chapter 10 compares on images, are not compared here.
 # - **Facts.** The model says what often follows. What taught a model a *fact*, said once and in many ways, is a harder question, to a larger model.

@@ -86,15 +86,13 @@ def cifar10(train: int = 50_000, test: int = 10_000, seed: int = 0, root: str = 
 
 
 def python_text(train: int = 2000, test: int = 200, length: int = 32, seed: int = 0):
-    """English from the Python documentation that every Python carries, as sequences of characters.
+    """The language reference of Python 3.11, as sequences of characters.
 
     Returns (train, test, characters): int64 tokens (n, length + 1) and (m, length + 1), indices into the
     string `characters`. Sequences do not overlap; which are taken depends on `seed`.
-    Source: `pydoc_data.topics`; its text differs a little between versions of Python.
+    Source: see `documentation`.
     """
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics.values())
+    text = _reference()
     characters = "".join(sorted(set(text)))
     index = {c: i for i, c in enumerate(characters)}
     tokens = torch.tensor([index[c] for c in text])
@@ -110,12 +108,16 @@ def documentation(train: int = 1000, test: int = 200, length: int = 24, words: i
     Source: `pydoc_data.topics` of Python 3.11.7, which comes with magic since it differs between versions of
     Python. Copyright 2001–2023 Python Software Foundation; licence: PSF version 2.
     """
-    packed = Path(__file__).with_name("python_docs.txt.gz").read_bytes()
-    text = re.sub(r"([^\w\s])\1{2,}", " ", gzip.decompress(packed).decode())  # without ruled lines
+    text = re.sub(r"([^\w\s])\1{2,}", " ", _reference())  # without ruled lines
     found = re.findall(r"\w+|[^\w\s]", text)
     vocabulary = ["<other>", *(word for word, _ in Counter(found).most_common(words - 1))]
     index = {word: i for i, word in enumerate(vocabulary)}
     return *_rows(torch.tensor([index.get(word, 0) for word in found]), train, test, length, seed), vocabulary
+
+
+def _reference() -> str:
+    """Python's language reference, as it comes with magic."""
+    return gzip.decompress(Path(__file__).with_name("python_docs.txt.gz").read_bytes()).decode()
 
 
 def _rows(tokens: Tensor, train: int, test: int, length: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ higher_order            what derivatives of a third or higher order need
 checkpointing           activation checkpoints of the user's, which call a model again in the backward pass
 stop_gradients          `detach`, `.data` and `no_grad`, exactly
 escapes                 ways in which a number may escape from the graph of a step
+valued                  one computation's number with the derivative of another
 graph                   walks through autograd's graphs
 precision               float64 all the way, for checks
 """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .higher_order import batched
 from .normalisation import normalise
 from .normalisation_formulas import Normalisation
+from .valued import Valued
 
 aten = torch.ops.aten
 
@@ -34,7 +34,8 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Fa
         count = x.numel() // x.shape[1]
         variance = (rstd.pow(-2) - eps) * (count / (count - 1))
         for running, new, value in ((running_mean, mean, after[0]), (running_var, variance, after[1])):
-            running.copy_(_Valued.apply(running.lerp(new, momentum), value))
+            # the bits of PyTorch's kernel, as in training, and the derivative of the expression
+            running.copy_(Valued.apply(running.lerp(new, momentum), value))
     return y
 
 
@@ -59,18 +60,3 @@ def _kind(x: Tensor, after: tuple[Tensor | None, Tensor | None], momentum, eps: 
 
     affine = tuple(n if i == 1 else 1 for i, n in enumerate(x.shape))
     return Normalisation(x.shape, (0, *range(2, x.dim())), affine, forward, backward, eps)
-
-
-class _Valued(Function):
-    """An expression with its value replaced by the same number as another kernel rounds it.
-
-    The statistics have the bits of PyTorch's kernel, as in training, and the derivative of the expression.
-    """
-
-    @staticmethod
-    def forward(ctx, expression, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None

@@ -16,6 +16,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as library
 
 _FORGETTING = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
@@ -64,3 +65,17 @@ def refusing_reentrant(keeping: bool = False) -> Iterator[None]:
             _depth["keeping"] -= keeping
             _depth["refusing"] -= 1
             _patch()
+
+
+class Keeping(TorchFunctionMode):
+    """A mode in which activation checkpoints forget nothing: where they would compute it again, in the
+    backward pass, no mode listens."""
+
+    def __enter__(self):
+        self._checkpoints = refusing_reentrant(keeping=True)
+        self._checkpoints.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self._checkpoints.__exit__(*exc)

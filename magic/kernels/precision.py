@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from . import checkpointing
@@ -22,22 +21,13 @@ CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 REINTERPRETS = {Tensor.view}  # view(dtype) reads the same bits as other numbers
 
 
-class InDouble(TorchFunctionMode):
+class InDouble(checkpointing.Keeping):
     """Inside `with InDouble():`, floats of 32 or 16 bits are turned into floats of 64 wherever they meet an
     operation of PyTorch, as its arguments, as the type it is asked for, or as its result.
 
     No mode listens in the backward pass, where a checkpointed block would be called again. So nothing is
     forgotten inside.
     """
-
-    def __enter__(self):
-        self._checkpoints = checkpointing.refusing_reentrant(keeping=True)
-        self._checkpoints.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self._checkpoints.__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -21,7 +21,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from . import checkpointing
@@ -75,22 +74,13 @@ def _on_cpu(args, kwargs) -> bool:
     return all(x.device.type == "cpu" for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor))
 
 
-class _Replace(TorchFunctionMode):
+class _Replace(checkpointing.Keeping):
     """Calls an equivalent of an operation in its place.
 
     rewritten  whether an operation was called whose bits, or whose gradient's bits, may not be training's
     """
 
     rewritten = False
-
-    def __enter__(self):
-        self._checkpoints = checkpointing.refusing_reentrant(keeping=True)
-        self._checkpoints.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self._checkpoints.__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

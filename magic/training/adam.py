@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, pull_decay_and_sign
+from .update import Pull, Slots, moments, pull_decay_and_sign
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -21,11 +21,9 @@ def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor
     if hyper["maximize"]:
         grad = -grad
     if not slots:
-        zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-        count = torch.zeros((), dtype=torch.int64, device="cpu")
-        slots = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros}
+        slots = moments(param)
         if hyper["amsgrad"]:
-            slots["max_exp_avg_sq"] = zeros
+            slots["max_exp_avg_sq"] = slots["exp_avg_sq"]
     if hyper["weight_decay"] != 0:
         if hyper["decoupled_weight_decay"]:
             param = param.mul(1 - lr * hyper["weight_decay"])

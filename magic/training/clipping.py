@@ -53,8 +53,6 @@ class Clipping:
         By norm, with r = limit/(N + 1e-6) < 1:  ḡ = r·c − r/((N + 1e-6)·N) · ⟨g, c⟩ · g,  where c is the
         cotangent and the inner product goes over all gradients.
         """
-        if not self.on(grads):
-            return lambda cotangents: None
         if self.kind == "value":
             inside = {k: g.abs() <= self.limit for k, g in grads.items()}
 
@@ -64,6 +62,8 @@ class Clipping:
 
             return by_value
         norm = _norm(grads)
+        if norm + EPS <= self.limit:  # nothing was clipped
+            return lambda cotangents: None
         ratio = self.limit / (norm + EPS)
 
         def by_norm(cotangents: Grads) -> None:

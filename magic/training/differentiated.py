@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.valued import Valued
 from .update import Pull, Rule, Slots
 
 
@@ -84,19 +85,7 @@ def standing_for(bits: Tensor, exact: Callable[[], Tensor]) -> Tensor:
 
     exact() is called only where a graph is recorded.
     """
-    return _Standing.apply(bits.detach(), exact()) if bits.requires_grad else bits
-
-
-class _Standing(torch.autograd.Function):
-    """The first number forwards, the second backwards."""
-
-    @staticmethod
-    def forward(ctx, bits, expression):
-        return bits.clone()
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        return None, cotangent
+    return Valued.apply(exact(), bits.detach()) if bits.requires_grad else bits
 
 
 def laid_out_as(grad: Tensor, param: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .differentiated import root
-from .update import Slots
+from .update import Slots, moments
 
 
 def nadam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -24,13 +24,8 @@ def nadam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tenso
     if hyper["maximize"]:
         grad = -grad
     if not slots:
-        zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-        slots = {
-            "step": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "mu_product": _bits(torch.ones((), dtype=_get_scalar_dtype(), device="cpu")),
-            "exp_avg": zeros,
-            "exp_avg_sq": zeros,
-        }
+        one = torch.ones((), dtype=_get_scalar_dtype(), device="cpu")
+        slots = moments(param) | {"mu_product": _bits(one)}
     if decay != 0 and hyper["decoupled_weight_decay"]:
         param = param.mul(1 - lr * decay)
     elif decay != 0:

@@ -5,11 +5,10 @@ Source: torch/optim/radam.py; Liu et al. 2020 (arXiv 1908.03265).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .differentiated import root
-from .update import Slots
+from .update import Slots, moments
 
 
 def radam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -21,9 +20,7 @@ def radam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tenso
     if hyper["maximize"]:
         grad = -grad
     if not slots:
-        zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-        count = torch.zeros((), dtype=torch.int64, device="cpu")
-        slots = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros}
+        slots = moments(param)
     if decay != 0 and hyper["decoupled_weight_decay"]:
         param = param.mul(1 - lr * decay)
     elif decay != 0:

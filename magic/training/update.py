@@ -24,11 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Slots = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, Slots]]
 Pull = Callable[[dict[str, Tensor]], Tensor]
+
+
+def moments(param: Tensor) -> Slots:
+    """The slots of Adam and its kin before the first update: a count of steps and two moments, all 0."""
+    zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+    count = torch.zeros((), dtype=torch.int64, device="cpu")
+    return {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros}
 
 
 def pull_decay_and_sign(to_param: Tensor, to_grad: Tensor, hyper: dict) -> Tensor:

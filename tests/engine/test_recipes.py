@@ -249,6 +249,7 @@ def test_accumulated_gradients_give_the_scores_of_the_whole_batch():
     truth = magic.attribute(whole, measure, progress=False).values
     parts, *_ = cases.build("groupnorm-conv", accumulate=5)
     found = magic.attribute(parts, measure, progress=False, plan=magic.plan(parts, states=3))
+    assert truth.norm() > 1e-3, "degenerate: no influence at all"
     assert (found.values - truth).norm() <= 1e-10 * truth.norm()
     again = magic.attribute(parts, measure, progress=False, plan=magic.plan(parts, states=16))
     assert torch.equal(again.values, found.values)
@@ -270,5 +271,5 @@ def test_a_trace_in_parts_takes_the_memory_of_one():
         order = magic.batches(400, 400, 2)
         run = magic.Run(model, optimizer, data, cases.loss, order, accumulate=accumulate)
         sizes[accumulate] = magic.plan(run, targets=1).trial.trace_bytes
-    assert sizes[10] < 0.2 * sizes[1]
+    assert 0 < sizes[10] < 0.2 * sizes[1]
     assert magic.Run(model, optimizer, data, cases.loss, order, clip=1.0).identity() != run.identity()

@@ -18,8 +18,8 @@ PACKAGE = Path(magic.__file__).parent
 ORDER = [
     "show",
     "identity.fingerprints", "identity.bytecode", "identity.content", "identity.parts",
-    "kernels.graph", "kernels.higher_order", "kernels.gelu", "kernels.convolution", "kernels.pooling",
-    "kernels.attention",
+    "kernels.graph", "kernels.valued", "kernels.higher_order", "kernels.gelu", "kernels.convolution",
+    "kernels.pooling", "kernels.attention",
     "kernels.normalisation_formulas", "kernels.normalisation", "kernels.layer_norm", "kernels.batch_norm",
     "kernels.rewritten", "kernels.checkpointing", "kernels.replace", "kernels.escapes",
     "kernels.stop_gradients", "kernels.precision",
