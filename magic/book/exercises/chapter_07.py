@@ -87,14 +87,18 @@ def _orthogonal(error: Tensor, to: Tensor) -> Tensor:
 
 def _planted(g: Tensor) -> dict[str, tuple[Tensor, str]]:
     """Gradients with an error: what it is, and the mistake of a witness that does not see it."""
-    swapped, last, half = g.clone(), g.clone(), g.clone()
-    swapped[3], swapped[4] = g[3] + 1, g[4] - 1
+    last, half = g.clone(), g.clone()
+    # in every entry: of two errors that cancel, one direction of ±1 in two sees nothing, by chance
+    errors = torch.randn(len(g), generator=torch.Generator().manual_seed(8), dtype=g.dtype)
     last[-1] += 1
     half[:25] = 0
     return {
         "a gradient that is 1.01 times too large": (1.01 * g, "is your tolerance too wide"),
         "an error in the last entry": (last, "do you look at the first entries only"),
-        "two errors that cancel in the sum": (swapped, "moving all entries by the same amount misses them"),
+        "errors that cancel in the sum": (
+            g + errors - errors.mean(),
+            "moving all entries by the same amount misses them",
+        ),
         "a gradient of which half is missing": (
             half,
             "moving along the given gradient leaves the missing half in place; take a random direction",
