@@ -14,15 +14,16 @@ kernels     derivatives of a derivative that PyTorch lacks, has slowly, or cuts 
 training    a training run as a pure function of its data weights
 engine      REPLAY: the derivative of the whole run, from few states
 subsets, points, saved, attribution    which examples are left out; where the derivative is taken; the scores
+metagradients    the derivative by everything else: the start, the rates of each step, the training inputs
 evidence    is the prediction true? Train again, and see
 text        what language models need: losses per sequence and per token, packing, loading
 book        what the chapters share: data, models, plots, claims
 
 To see how `attribute()` works, read these files in this order, a thousand lines of code in all; each
 opens with what it is for. A run as a function: training/state, update, sgd, network, gradient, run. Its
-derivative: engine/vjp, adjoint, actions, schedule, store, replay. Last `attribute` in attribution, which
-calls them. It takes two hours; in the first one leave out proofs, the table of scores, and how a Run reads
-its arguments. The other files are checks, places and conveniences. Chapters 03 to 06 tell the same at
+derivative: engine/vjp, tracing, adjoint, actions, schedule, store, replay. Last `attribute` in attribution,
+which calls them. It takes two hours; in the first one leave out proofs, the table of scores, and how a Run
+reads its arguments. The other files are checks, places and conveniences. Chapters 03 to 06 tell the same at
 leisure.
 """
 
@@ -42,6 +43,7 @@ from .evidence.optimality import Optimality, optimality
 from .evidence.outputs import outputs
 from .evidence.retraining import retrain
 from .evidence.verification import verify
+from .metagradients import Metagradient, metagradient
 from .show import Figure
 from .training import determinism
 from .training.determinism import NotDeterministic, fingerprint
@@ -50,6 +52,7 @@ from .training.order import batches
 from .training.record import ReplayMismatch
 from .training.run import Run
 from .training.state import State
+from .training.variants import changed, hyper, tail
 
 __all__ = [
     "Attribution",
@@ -58,6 +61,7 @@ __all__ = [
     "Curvature",
     "Figure",
     "Health",
+    "Metagradient",
     "NonFinite",
     "NotDeterministic",
     "NotDifferentiable",
@@ -70,13 +74,16 @@ __all__ = [
     "attribute",
     "baselines",
     "batches",
+    "changed",
     "compare",
     "curvature",
     "determinism",
     "explore",
     "fingerprint",
+    "hyper",
     "lds",
     "leave_one_out",
+    "metagradient",
     "optimality",
     "outputs",
     "plan",
@@ -85,6 +92,7 @@ __all__ = [
     "schedule",
     "smoothness",
     "subsets",
+    "tail",
     "text",
     "train",
     "verify",

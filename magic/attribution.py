@@ -29,6 +29,7 @@ from .points import Points, describe, points_of
 from .show import Table, needs, warn_of_old
 from .training.examples import check_indices
 from .training.run import Run
+from .training.variants import tail
 
 
 @dataclass(eq=False, repr=False)
@@ -227,6 +228,7 @@ def attribute(
     at: Tensor | float | str | Points | None = None,
     *,
     drop: float | None = None,
+    last: int | None = None,
     progress: bool = True,
     memory: float | str | None = None,
     disk: str | os.PathLike | None = None,
@@ -240,6 +242,9 @@ def attribute(
     at       where to differentiate: None for w = 1, a number for all examples, an (n,) or (n, L) tensor, or
              "full", "centre", "path", "average" of `magic.points`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost
+    last     only through so many steps at the end: the weights are 1 before (`magic.tail`). It takes less
+             time, and where the derivative of a whole run is rough it may predict better. The scores are
+             those of the run `scores.run`, which starts there, and so are retrainings of them
     progress prints what the replay will keep and repeat before it starts, and shows a bar
     memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device; None is
              "1GB"
@@ -255,6 +260,8 @@ def attribute(
     """
     if plan is not None and memory is not None:
         raise ValueError("plan= and memory= contradict each other: a plan was made for a budget; give one")
+    if last is not None:
+        run = tail(run, last)
     taken = points_of(run, at, drop)
     targets, measuring = try_measure(run, measure)
     planned = plan.of(targets, run.steps) if plan else plan_within(run, targets, memory, disk, measuring)
@@ -270,9 +277,8 @@ def attribute(
     worst.warn()
     at, outputs = _start(run, measure, taken, found)
     values = _mean(taken.shares, [replay.values for replay in found])
-    return Attribution(
-        values, outputs, at, run, measure, planned, worst, point=taken.label, tangent=taken.tangent
-    )
+    label = taken.label if last is None else f"{taken.label}, through the last {run.steps:,} steps"
+    return Attribution(values, outputs, at, run, measure, planned, worst, point=label, tangent=taken.tangent)
 
 
 def _start(run: Run, measure: Callable, taken: Points, found: list[Replay]) -> tuple[Tensor, Tensor]:

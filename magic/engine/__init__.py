@@ -1,9 +1,12 @@
 """The engine, REPLAY: the derivative of a whole run, from few states.
 
-Read `adjoint`, `schedule`, `replay`, in this order: chapters 04 and 06 of the book, in the package's words.
+Read `tracing`, `adjoint`, `schedule`, `replay`, in this order: chapters 04 and 06 of the book, in the
+package's words.
 
 refusals           what has no derivative is refused
 vjp                many targets pulled back through one graph
+asked              what a replay may be asked for beside the scores
+tracing            the graph of one step's gradient
 adjoint            one step, pulled back
 finite_difference  a slope by finite differences, and the doubt in it
 witness            the step's derivative against finite differences
@@ -26,5 +29,6 @@ health             what a replay has checked and seen
 folder             whose a folder is
 resume             a run that survives being killed
 listeners          who hears of every step and pull: the bar, the scores, the witness, the notes
+finders            who finds what was asked for beside the scores
 replay             the loop: the derivative of a measure with respect to all data weights
 """

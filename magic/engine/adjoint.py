@@ -19,129 +19,43 @@ the cotangent of g.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
-from ..training.gradient import Gradient, Inputs, gradient_of_part
-from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from ..training.update import Pull
 from .refusals import NotDifferentiable, refusing
+from .tracing import Part, Traced, leaves_of, trace, trace_part
 from .vjp import CHUNK, pull
 
 
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as new leaves of a graph, to differentiate with respect to."""
-    return {k: x.detach().requires_grad_() for k, x in tensors.items()}
-
-
 @dataclass(frozen=True, eq=False)
-class Part:
-    """The graph of the gradient of a step's batch, or of a part of it (`Run(accumulate=)`).
+class Rows:
+    """What a step adds to the derivatives by its examples: a row for each of them, in the batch's order.
 
-    params, buffers, weight   the leaves of the graph
-    gradient   what they give, as functions of the leaves
+    scores  (K, B), or (K, B, L): ∂φ/∂w through this step
+    data    place in run.data -> (K, B, ...): ∂φ/∂(the inputs); empty unless the trace has them as leaves
     """
 
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    weight: Tensor
-    gradient: Gradient
+    scores: Tensor
+    data: dict[int, Tensor]
 
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The gradients of the parameters that this part uses."""
-        return [g for g in self.gradient.by_name.values() if g is not None]
+    @classmethod
+    def zeros(cls, targets: int, part: Part) -> Rows:
+        """For all examples of a batch of which this is the trace of a part."""
+        rows = len(part.weight)
+        data = {i: x.new_zeros(targets, rows, *x.shape[1:]) for i, x in part.data.items()}
+        return cls(part.weight.new_zeros(targets, *part.weight.shape), data)
 
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """Step t with the graph of its gradient: all that its pull needs.
-
-    state      s_t
-    gradient   the sum over the parts, without a graph
-    after      s_{t+1}, or None where it was not asked for
-    last       the last part, from which the pull begins
-    begins     the buffers that each part begins with, and the names of those that carry a derivative
-    """
-
-    state: State
-    gradient: Gradient
-    after: State | None
-    last: Part
-    begins: tuple[tuple[dict[str, Tensor], list[str]], ...]
-
-    @property
-    def grads(self) -> dict[str, Tensor]:
-        """name -> gradient, of the parameters that the step uses."""
-        return {name: g for name, g in self.gradient.by_name.items() if g is not None}
-
-    @property
-    def escaped(self) -> tuple[str, ...]:
-        """Ways on which a number that depends on the parameters may have left the graph."""
-        return self.gradient.escaped
-
-
-def trace(run: Run, state: State, weights: Tensor, step: bool = True, passed: Passed | None = None) -> Traced:
-    """Do step t with its gradient's own graph recorded; with `step`, go on to s_{t+1}.
-
-    Invariant: s_{t+1} has training's bits. The graph is recorded around the very operations that training
-    uses, so what they return is what training got. Only where an expression with other bits stood in for an
-    operation is the step done once more, as in training. So a trace may take the place of a step, and one
-    made on the way down serves for the adjoint too. The total loss is compared with the one that training
-    `passed` here.
-
-    A batch that is done in parts is traced part by part, and of these graphs only the last is kept, so that
-    no more memory is needed than for one. The pull traces the others again.
-
-    A `detach` in the loss is in the graph as a stop, which has two phases. While the gradient is taken,
-    inside `run.gradient`, it hands nothing back: the step is that of the plain loop. From then on it is the
-    identity: the value that was held fixed in this step moves with the parameters from step to step, and the
-    derivative of the step flows through it. A trace is always in the second phase.
-    """
-    t, begins = state.step, [(state.buffers, run.moved(state))]
-    whole: Gradient | None = None
-    weight = weights[run.batches[t].to(weights.device)].detach()
-    for part in range(run.accumulate):
-        last = trace_part(run, state, *begins[part], weight, part)
-        one = last.gradient.detached()
-        whole = one if whole is None else whole.plus(one)
-        moved = state.moved | whole.written
-        begins.append(
-            (whole.buffers, [k for k, b in whole.buffers.items() if k in moved and b.is_floating_point()])
-        )
-        if part + 1 < run.accumulate:
-            del last  # its graph must be gone before the next is made
-    assert whole is not None, "a batch has at least one part"
-    after = None
-    if step and whole.same_bits:
-        after = run.moved_on(state, weight, whole, passed)
-    elif step:
-        after = run.step(state, weights, passed)
-    elif passed is not None:
-        total = whole.total.item() if whole.same_bits else run.total(state, weights)
-        passed.witness(t, total)
-    return Traced(state, whole, after, last, tuple(begins[:-1]))
-
-
-def trace_part(
-    run: Run, state: State, buffers: dict[str, Tensor], moved: list[str], weight: Tensor, part: int
-) -> Part:
-    """The graph of the gradient of a part of the batch; it begins with these buffers, of which those named in
-    `moved` carry a derivative."""
-    t = state.step
-    with torch.enable_grad(), refusing(f"step {t}"):
-        params = _leaves(state.params)
-        held = buffers | _leaves({name: buffers[name] for name in moved})
-        weight = weight.detach().requires_grad_()
-        found = gradient_of_part(run, Inputs(params, held, weight), t, part, create_graph=True)
-    return Part(params, {name: held[name] for name in moved}, weight, found)
+    def of(self, part: slice) -> Rows:
+        """The same, with the data of a part of the batch; scores are always those of the whole."""
+        return replace(self, data={i: x[:, part] for i, x in self.data.items()})
 
 
 def step_vjp(
@@ -156,13 +70,13 @@ def step_vjp(
                and what the step adds to ∂φ/∂w: (K, B), for batches[t], or (K, B, L)
     """
     traced = trace(run, state, weights, step=False)
-    return traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
+    before, rows = traced_vjp(run, traced, cotangent.map(torch.clone), chunk)
+    return before, rows.scores
 
 
-def traced_vjp(
-    run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK
-) -> tuple[Cotangent, Tensor]:
-    """`step_vjp` of a step that has been traced. The given cotangent's tensors are used up.
+def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK) -> tuple[Cotangent, Rows]:
+    """`step_vjp` of a step that has been traced, with all that it adds by its examples. The given cotangent's
+    tensors are used up.
 
     Invariant: rows of the cotangent that have not been pulled yet are ∂φ/∂s_{t+1}, and rows that have been
     are ∂φ/∂s_t; no row is read again after it was pulled. So the work can be done in place, and K targets
@@ -189,11 +103,12 @@ def traced_vjp(
 
     parts = len(traced.begins)
     everything = through_the_update(slice(0, count)) if parts > 1 else {}
-    to_buffers, scores = cotangent.buffers, traced.last.weight.new_zeros(count, *traced.last.weight.shape)
+    weight, to_buffers = traced.last.weight, cotangent.buffers
+    found = Rows.zeros(count, traced.last)
     for part in reversed(range(parts)):
         here = traced.last
         if part + 1 < parts:
-            here = trace_part(run, state, *traced.begins[part], traced.last.weight, part)
+            here = trace_part(run, state, traced.begins[part], weight, part, bool(found.data))
 
         grads = [k for k, g in here.gradient.by_name.items() if g is not None]
         outputs = [*here.outputs, *(here.gradient.buffers[name] for name in to_buffers)]
@@ -203,12 +118,13 @@ def traced_vjp(
             return [to_grads[k] for k in grads] + [c[rows] for c in after.values()]
 
         with torch.enable_grad(), refusing(f"step {state.step}"):
-            to_buffers = _pull_part(here, outputs, to_outputs, cotangent, scores, chunk)
+            own = found.of(run.part(state.step, part))
+            to_buffers = _pull_part(here, outputs, to_outputs, cotangent, own, chunk)
     before = {
         name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
         for name, slots in state.slots.items()
     }
-    return Cotangent(cotangent.params, to_buffers, before, state.step), scores
+    return Cotangent(cotangent.params, to_buffers, before, state.step), found
 
 
 def _pull_part(
@@ -216,36 +132,40 @@ def _pull_part(
     outputs: list[Tensor],
     to_outputs: Callable[[slice], list[Tensor]],
     cotangent: Cotangent,
-    scores: Tensor,
+    found: Rows,
     chunk: int,
 ) -> dict[str, Tensor]:
-    """The second pull, through the graph of a part: adds to the cotangents of the parameters and to the
-    scores, and returns those of the buffers that the part began with."""
+    """The second pull, through the graph of a part: adds to the cotangents of the parameters and to the rows
+    of the examples, and returns the cotangents of the buffers that the part began with."""
     count = cotangent.targets
-    to_buffers = {k: b.new_empty(count, *b.shape) for k, b in part.buffers.items()}
-    inputs = [*part.params.values(), *part.buffers.values(), part.weight]
-    added = [*(cotangent.params[name] for name in part.params)]
+    to_buffers = {k: b.new_zeros(count, *b.shape) for k, b in part.buffers.items()}
+    inputs = [*part.params.values(), *part.buffers.values(), part.weight, *part.data.values()]
+    to_params = [cotangent.params[name] for name in part.params]
+    added = [*to_params, *to_buffers.values(), found.scores, *found.data.values()]
     for rows, products in pull(outputs, inputs, to_outputs, count, chunk):
-        for x, product in zip(added, products, strict=False):
+        for x, product in zip(added, products, strict=True):
             x[rows].add_(product)
-        for x, product in zip(to_buffers.values(), products[len(added) : -1], strict=True):
-            x[rows] = product
-        scores[rows].add_(products[-1])
     return to_buffers
 
 
 def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
-    """The adjoint of each parameter's update, at the gradients that it saw. It has the same bits whether the
-    slots after the update are known from the trace or are computed again."""
+    """The adjoint of each parameter's update, at the gradients that it saw."""
+    return {
+        name: run.updates[run.group_of[name]].adjoint(*given) for name, given in update_inputs(run, traced)
+    }
+
+
+def update_inputs(run: Run, traced: Traced) -> Iterator[tuple[str, tuple]]:
+    """What each parameter's update took in this step: (param, grad, slots, hyper, the slots after it).
+
+    The last is None where it is not known from the trace. An adjoint has the same bits if it computes them.
+    """
     state, hyper = traced.state, run.hypers[traced.state.step]
     after = traced.after.slots if traced.after and traced.gradient.same_bits else {}
     seen = run.clip.clip(traced.grads, state.params) if run.clip is not None else traced.grads
-
-    def adjoint(name: str, grad: Tensor) -> Pull:
-        group, given = run.group_of[name], (state.params[name], grad, state.slots[name])
-        return run.updates[group].adjoint(*given, hyper[group], after.get(name))
-
-    return {name: adjoint(name, grad) for name, grad in seen.items()}
+    for name, grad in seen.items():
+        given = (state.params[name], grad, state.slots[name], hyper[run.group_of[name]])
+        yield name, (*given, after.get(name))
 
 
 def measure_vjp(
@@ -254,8 +174,8 @@ def measure_vjp(
     """Δ_T = ∂φ/∂s_T for the K numbers that measure(model) returns, or those in `rows`: (K, ...) tensors."""
     moved = run.moved(state)
     with torch.enable_grad(), refusing("measure"):
-        params = _leaves(state.params)
-        buffers = dict(state.buffers) | _leaves({name: state.buffers[name] for name in moved})
+        params = leaves_of(state.params)
+        buffers = dict(state.buffers) | leaves_of({name: state.buffers[name] for name in moved})
         with differentiable(), Stops(cuts=False):
             outputs = run.measured(measure, params, buffers)
         if not outputs.requires_grad:

@@ -4,7 +4,8 @@ The loop (`magic.engine.replay.reverse`) calls
 
     stepped(state)                        after a step of training, with the state it led to
     pulling(traced, cotangent)            before the cotangent is pulled back through a step
-    pulled(traced, cotangent, scores)     after it, with the cotangent before that step and the step's scores
+    pulled(traced, cotangent, rows)       after it, with the cotangent before that step and what the step adds
+                                          by its examples
 
 A listener changes neither the states nor the cotangent. A cotangent that it keeps holds its values until the
 next pull only, which is made in place; for longer it needs a copy.
@@ -22,9 +23,10 @@ from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import health
-from .adjoint import Traced, traced_vjp
+from .adjoint import Rows, traced_vjp
 from .resume import Directory, Progress
 from .rounding import check_batching, warn_of_underflow
+from .tracing import Traced
 from .witness import check_step
 
 
@@ -37,7 +39,7 @@ class Listener:
     def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
         pass
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         pass
 
 
@@ -55,9 +57,9 @@ class Several(Listener):
         for listener in self.listeners:
             listener.pulling(traced, cotangent)
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         for listener in self.listeners:
-            listener.pulled(traced, cotangent, scores)
+            listener.pulled(traced, cotangent, rows)
 
 
 class Bar(Listener):
@@ -69,7 +71,7 @@ class Bar(Listener):
     def stepped(self, state: State) -> None:
         self.shown.update()
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         self.shown.update()
 
 
@@ -82,8 +84,8 @@ class Scores(Listener):
     def __init__(self, run: Run, found: Progress):
         self.run, self.found = run, found
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
-        t, values = traced.state.step, self.found.values
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
+        t, values, scores = traced.state.step, self.found.values, rows.scores
         assert values is not None, "outputs are measured before the first pull"
         check_finite(scores, cotangent, t)
         indices = self.run.batches[t].to(values.device)
@@ -96,7 +98,7 @@ class Sizes(Listener):
     def __init__(self, steps: int, sizes: dict[int, list[float]]):
         self.every, self.sizes = -(-steps // health.SAMPLES), sizes
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         if traced.state.step % self.every == 0:
             squares = sum(c.reshape(len(c), -1).square().sum(1) for c in cotangent.params.values())
             assert isinstance(squares, Tensor), "a run trains at least one parameter"
@@ -129,7 +131,7 @@ class Notes(Listener):
         if self.found.cotangent is None:
             self.folder.note_training(state, self.passed)
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         self.found.t, self.found.cotangent = traced.state.step, cotangent
         self.found.verified = self.passed.verified
         if traced.state.step:
@@ -148,7 +150,7 @@ class Witness(Listener):
     def __init__(self, run: Run, weights: Tensor, chunk: int, found: dict[int, float | None]):
         self.run, self.weights, self.chunk, self.found = run, weights, chunk, found
         self.known: set[str] = set()
-        self.alone: tuple[Cotangent, Tensor] | None = None
+        self.alone: tuple[Cotangent, Rows] | None = None
 
     def ask(self, traced: Traced, directions: int = 1) -> None:
         """Compare this step, and warn of gradients whose squares are lost in the optimizer's slots."""
@@ -163,9 +165,9 @@ class Witness(Listener):
             last = cotangent.map(lambda x: x[-1:].clone())  # a copy, since the pull is made in place
             self.alone = traced_vjp(self.run, traced, last, chunk=1)
 
-    def pulled(self, traced: Traced, cotangent: Cotangent, scores: Tensor) -> None:
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
         if self.alone is not None:
-            check_batching(self.alone, (cotangent, scores), traced)
+            check_batching(self.alone, (cotangent, rows), traced)
             self.alone = None
 
     def suspect(self, traced: Traced) -> bool:

@@ -18,11 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from ..show import Table
 from ..training.run import Run
 from . import costs, schedule, search, timeline
+from .asked import WEIGHTS, Asked
 from .files import writable
 from .trial import StepCost, measure_step
 from .work import USUAL, Choice, Prices, Sweep, Work
@@ -247,30 +246,33 @@ def plan_within(
     memory: float | str | None = None,
     disk: str | os.PathLike | None = None,
     measure_bytes: int = 0,
+    asked: Asked = WEIGHTS,
 ) -> Plan:
     """The fastest plan within a budget. Differentiating one output of the measure holds `measure_bytes`.
 
-    Raises ValueError, with the least that works, for a budget too small.
+    Room is left for what is `asked` for beside the scores. Raises ValueError, with the least that works, for
+    a budget too small.
     """
     _check_targets(targets)
     memory = "1GB" if memory is None else memory
     room = search.parse_bytes(memory)
     folder = writable(disk) if disk is not None else None
-    work = _work(run, targets, measure_step(run, targets, folder), measure_bytes)
+    step = measure_step(run, targets, folder, data=asked.examples is not None)
+    work = _work(run, targets, step, measure_bytes, asked)
     budget = search.budget_of(run, room, work.step, folder)
     choice = search.best(work, budget, search.chunk_of(run, work.step))
     if choice is None:
         least, scores = work.nbytes(Choice(1, 1)), targets * work.row_bytes
         raise ValueError(
             f"memory={memory!r} is too little for this run; the least that works is {least:,} bytes"
-            + ("" if targets == 1 else f", of which {scores:,} are the scores of {targets:,} targets")
+            + ("" if targets == 1 else f", of which {scores:,} are the results of {targets:,} targets")
         )
     tier_of = search.places(run.steps, choice)
     return Plan(work, choice.group, choice.chunk, choice.traces, tier_of, room)
 
 
-def _work(run: Run, targets: int, step: StepCost, measure_bytes: int = 0) -> Work:
-    row_bytes = math.prod(run.shape) * torch.finfo(run.dtype).bits // 8
+def _work(run: Run, targets: int, step: StepCost, measure_bytes: int = 0, asked: Asked = WEIGHTS) -> Work:
+    row_bytes = math.prod(run.shape) * run.dtype.itemsize + asked.row_bytes(run)
     return Work(run.steps, targets, step, row_bytes, measure_bytes)
 
 

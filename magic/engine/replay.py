@@ -17,7 +17,7 @@ are kept. Its schedule keeps every state if all fit, and is otherwise the binomi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -29,7 +29,9 @@ from ..training.record import Passed, ReplayMismatch, checksums
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import health
-from .adjoint import Traced, measure_vjp, trace, traced_vjp
+from .adjoint import measure_vjp, traced_vjp
+from .asked import WEIGHTS, Asked
+from .finders import finders
 from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness
 from .measure_witness import check_measure
 from .measuring import measured_outputs
@@ -39,6 +41,7 @@ from .resume import Directory, Progress, Trusted
 from .rounding import warn_of_noise
 from .schedule import Action, Adjoint, Advance, Drop, Load, Save, Trace
 from .store import Memory, Store
+from .tracing import Traced, trace
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Replay:
     values   (K, n), ∂φ_k(f(w))/∂w_i
     outputs  (K,), φ(f(w))
     peak_states, peak_bytes   kept at once in memory, on the host and on disk
+    more     what else was asked for, by the names of `magic.engine.asked`; (K, ...) each
     """
 
     values: Tensor
@@ -56,19 +60,33 @@ class Replay:
     health: health.Health
     peak_states: tuple[int, ...] = (0, 0, 0)
     peak_bytes: tuple[int, ...] = (0, 0, 0)
+    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """A run at one point w, and the record of what its training passed through."""
+    """A run at one point w, the record of what its training passed through, and what is asked of it."""
 
     run: Run
     weights: Tensor
     passed: Passed
+    asked: Asked = WEIGHTS
+
+    @property
+    def initial(self) -> State:
+        """s_0, whose buffers are constants and carry no derivative, unless that of the start is asked for."""
+        start = self.run.initial
+        if not self.asked.start:
+            return start
+        moved = frozenset(
+            k for k, b in start.buffers.items() if b.isfinite().all()
+        )  # −∞ in a mask does not move
+        return replace(start, moved=moved)
 
     def trace(self, state: State, step: bool) -> Traced:
         """The trace of the step at `state`; with `step`, it goes on to the next state."""
-        return trace(self.run, state, self.weights, step, self.passed)
+        data = self.asked.examples is not None
+        return trace(self.run, state, self.weights, step, self.passed, data)
 
     def advance(self, state: State, to: int, after: Callable[[State], None]) -> State:
         """Step from `state` to step `to`, calling `after` with each state."""
@@ -123,7 +141,7 @@ def reverse(
     the scores, (K, B), goes to the listeners: `Scores` adds it to the columns batches[t] of the (K, n)
     result.
     """
-    state, cotangent, traces = training.run.initial, None, {}
+    state, cotangent, traces = training.initial, None, {}
     for action in actions:
         match action:
             case Save(t):
@@ -142,9 +160,9 @@ def reverse(
                 traced = traces.pop(t, None) or training.trace(state, step=False)
                 cotangent = turn(traced) if cotangent is None else cotangent
                 listener.pulling(traced, cotangent)
-                cotangent, scores = traced_vjp(training.run, traced, cotangent, chunk)
-                listener.pulled(traced, cotangent, scores)
-                del traced, scores
+                cotangent, rows = traced_vjp(training.run, traced, cotangent, chunk)
+                listener.pulled(traced, cotangent, rows)
+                del traced, rows
 
 
 @determinism.in_turn
@@ -155,18 +173,20 @@ def metagradient(
     planned: Plan,
     progress: bool = True,
     folder: Trusted | None = None,
+    asked: Asked = WEIGHTS,
 ) -> Replay:
-    """The exact derivative of measure(trained model) with respect to every data weight, at `weights`.
+    """The exact derivative of measure(trained model) with respect to every data weight, at `weights`, and
+    with respect to what is `asked` for besides.
 
     With `folder`, states may lie there, and a replay that was killed goes on to the same bits.
     """
     start = measured_outputs(run, run.initial, measure, finite=False)  # a mistake in measure is told first
-    training = Training(run, weights, run.passed(weights))
+    training = Training(run, weights, run.passed(weights), asked)
     if folder is None:
         if 2 in planned.tier_of:
             raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
         return _Sweeps(training, measure, planned).make_all(progress)
-    what = f"a replay of {len(start)} targets, {fingerprints.fingerprint(start)} at the start"
+    what = f"a replay of {len(start)} targets, {fingerprints.fingerprint(start)} at the start{asked}"
     with Directory.open(folder.path, run, weights, what, measure, folder.trust) as opened:
         made = opened.choices({"group": planned.group, "chunk": planned.chunk})
         return _Sweeps(training, measure, planned.regrouped(**made), opened).make_all(progress)
@@ -190,6 +210,7 @@ class _Sweeps:
         self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed)
         self.listeners = [self.witness, Scores(self.run, self.found), Sizes(self.run.steps, self.found.sizes)]
         self.listeners.append(Clipped(self.run, self.found.clipped))
+        self.listeners += finders(self.run, training.asked, self.found)
         if folder:
             self.listeners.append(Notes(folder, passed, self.found))
         self.peak_states, self.peak_bytes = [0, 0, 0], [0, 0, 0]
@@ -212,7 +233,7 @@ class _Sweeps:
         clipped = None if run.clip is None else len(found.clipped)
         seen = health.Health(run.steps, sizes, passed.verified, found.witnessed, clipped=clipped)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
-        return Replay(found.values, found.outputs, self.plan, seen, *peaks)
+        return Replay(found.values, found.outputs, self.plan, seen, *peaks, more=found.more)
 
     def make_one(self) -> None:
         """One way down and back, or the rest of one.
@@ -226,7 +247,7 @@ class _Sweeps:
         places = [Memory(), Host(run.device, run.initial), folder.states if folder else None]
         store = Store(places, self.plan.tier_of, kept or ())
         if kept:
-            store.save(0, run.initial)
+            store.save(0, self.training.initial)
         actions = self.plan.actions(kept, todo)
         reverse(self.training, actions, store, self.turn, Several(self.listeners), self.plan.chunk)
         self.peak_states = list(map(max, self.peak_states, store.peak_states))

@@ -57,6 +57,7 @@ class Progress:
              be told
     verified   how many states were compared with what training noted
     clipped    the steps whose gradients were clipped, of those pulled back so far
+    more     what else was asked for (`magic.engine.asked`), by flat names; (K, ...) each
     """
 
     values: Tensor | None
@@ -68,6 +69,17 @@ class Progress:
     witnessed: dict[int, float | None] = field(default_factory=dict)
     verified: int = 0
     clipped: set[int] = field(default_factory=set)
+    more: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows_of(self, name: str, like: Tensor) -> Tensor:
+        """The rows of the targets in work in `more[name]`, which is made of zeros if it is not there yet.
+
+        like  a tensor with the shape and the type of these rows
+        """
+        if name not in self.more:
+            assert self.outputs is not None, "outputs are measured before the first pull"
+            self.more[name] = like.new_zeros(len(self.outputs), *like.shape[1:])
+        return self.more[name][self.rows]
 
 
 class Directory:
@@ -159,6 +171,7 @@ class Directory:
         assert values is not None and outputs is not None, "the way back begins with measured outputs"
         with self._noting():
             tensors = {"values": values, "outputs": outputs}
+            tensors |= {f"more/{name}": x for name, x in progress.more.items()}
             if progress.cotangent is not None:
                 tensors |= {f"cotangent/{k}": x for k, x in progress.cotangent.flatten().items()}
             rows, sizes = [progress.rows.start, progress.rows.stop], list(progress.sizes.items())
@@ -210,6 +223,7 @@ class Directory:
             witnessed=dict(map(tuple, meta["witnessed"])),
             verified=meta["verified"],
             clipped=set(meta.get("clipped", ())),  # older folders are of runs without clipping
+            more={k.removeprefix("more/"): x for k, x in tensors.items() if k.startswith("more/")},
         )
 
     def kept(self, todo: int) -> list[int]:

@@ -11,27 +11,28 @@ from ..kernels.graph import graph_nodes
 from ..training import optim
 from ..training.run import Run
 from ..training.state import Cotangent, State
-from .adjoint import Traced
+from .adjoint import Rows
 from .finite_difference import warn
 from .refusals import NotDifferentiable
+from .tracing import Traced
 
 NOISE = 100  # rounding errors that a number may have gathered which is a difference of larger ones
 
 
-def check_batching(alone: tuple, together: tuple, traced: Traced) -> None:
+def check_batching(alone: tuple[Cotangent, Rows], together: tuple[Cotangent, Rows], traced: Traced) -> None:
     """Raise NotDifferentiable unless the last of several targets pulled back together is what it is alone.
 
-    Both are (cotangent, scores). PyTorch's batched derivative of an operation may be wrong where its plain
+    Both are what the pull returns. PyTorch's batched derivative of an operation may be wrong where its plain
     one is right. A tensor may differ by the root of a rounding error, relative to its largest number. And
     it may differ by the noise of numbers as large as those beside it: the bias of an attention's keys, to
     which the softmax is blind, has a cotangent that is nothing else.
     """
-    (cotangent, scores), (all_cotangents, all_scores) = alone, together
+    (cotangent, rows), (all_cotangents, all_rows) = alone, together
     flat, eps = all_cotangents.flatten(), _rounding(traced)
     pairs = {name: (x, flat[name][-1:]) for name, x in cotangent.flatten().items() if name in flat}
-    pairs = {name: pair for name, pair in pairs.items() if pair[0].numel()} | {
-        "the scores": (scores, all_scores[-1:])
-    }
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].numel()}
+    pairs["the scores"] = rows.scores, all_rows.scores[-1:]
+    pairs |= {f"data[{i}]": (x, all_rows.data[i][-1:]) for i, x in rows.data.items()}
     sizes = {name: max(x.abs().max().item() for x in pair) for name, pair in pairs.items()}
     beside: dict[str, float] = {}  # the largest of a kind: params, buffers, a slot of the optimizer
     for name, size in sizes.items():

@@ -18,8 +18,9 @@ from ..training.record import checksums
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import footprint
-from .adjoint import trace, traced_vjp
+from .adjoint import traced_vjp
 from .places import Disk, written
+from .tracing import trace
 from .witness import examples_of
 
 # What the witness (`check_step`) holds at its peak beside activations: the model's copy, the point, the
@@ -62,8 +63,10 @@ class StepCost:
     convolves: bool
 
 
-def measure_step(run: Run, targets: int, disk: Path | None = None) -> StepCost:
+def measure_step(run: Run, targets: int, disk: Path | None = None, data: bool = False) -> StepCost:
     """Measure the second step of the run, or its only one: the first makes the optimizer's slots.
+
+    With `data`, the step is pulled back to the inputs of its batch as well.
 
     The step is traced and pulled through twice. The first time bytes are counted, which is slow, and what
     PyTorch sets up at a first call is set up; the second time the clock runs.
@@ -73,8 +76,8 @@ def measure_step(run: Run, targets: int, disk: Path | None = None) -> StepCost:
         after_first = run.step(run.initial, weights)
         state = after_first if run.steps > 1 else run.initial
         after, step_seconds = _timed(lambda: run.step(state, weights))
-        held = _held(run, state, together)
-        traced, trace_seconds = _timed(lambda: trace(run, state, weights))
+        held = _held(run, state, together, data)
+        traced, trace_seconds = _timed(lambda: trace(run, state, weights, data=data))
         cotangent = _ones(traced.after, together)
         _, pull_seconds = _timed(lambda: traced_vjp(run, traced, cotangent))
         disk_seconds = 0.0 if disk is None else _disk_seconds(run, after_first, disk)
@@ -106,9 +109,9 @@ class _Held:
     convolves: bool
 
 
-def _held(run: Run, state: State, together: int) -> _Held:
+def _held(run: Run, state: State, together: int, data: bool) -> _Held:
     weights = run.weights()
-    traced, trace_bytes, _ = footprint.measured(lambda: trace(run, state, weights), run.device)
+    traced, trace_bytes, _ = footprint.measured(lambda: trace(run, state, weights, data=data), run.device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pull = partial(traced_vjp, run, traced, _ones(traced.after, together))

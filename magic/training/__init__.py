@@ -8,6 +8,7 @@ update            what an optimizer's rule and its adjoint are
 differentiated    the adjoint of a rule by autograd, and what a rule needs for that
 sgd, adam, rmsprop    optimizers: each rule as a pure function, its adjoint below it
 adagrad, nadam, radam, adafactor, muon    optimizers whose rule is all there is; autograd finds the adjoint
+slopes            how the rules of SGD and Adam move with their hyper-parameters
 optim             the table of optimizers; the user's, read: their rules, and the parameters that they train
 hypers            the hyper-parameters of each step, read from optimizers and schedulers
 network           the model as a function of the tensors in it
@@ -23,4 +24,5 @@ record            what a training notes of itself, to compare a replay with
 finite            numbers that are not finite, and where they first appeared
 first_step        the first step, tried three times when a Run is made
 run               Run, and the step
+variants          other runs made from one: with other data or rates, another start, or only its last steps
 """

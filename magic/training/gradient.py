@@ -21,12 +21,16 @@ from .state import State
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The tensors of which a step's gradient is a function; `weight` is (B,) or (B, L), the data weights of
-    the batch."""
+    """The tensors of which a step's gradient is a function.
+
+    weight  (B,) or (B, L), the data weights of the batch
+    batch   what the loss gets of the examples; None stands for the run's own
+    """
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     weight: Tensor
+    batch: tuple | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +96,10 @@ def gradient_of_part(run, inputs: Inputs, t: int, part: int, create_graph: bool 
     """
     params, buffers = inputs.params, inputs.buffers
     arguments.check_mode(run.device)
-    determinism.seed_step(run.seed, t, part)
-    batch = run.batch(t, part) if run.accumulate > 1 else run.batch(t)
+    determinism.seed_step(run.seed, run.first + t, part)
+    batch = inputs.batch
+    if batch is None:
+        batch = run.batch(t, part) if run.accumulate > 1 else run.batch(t)
     held = {name: x.clone() for name, x in buffers.items()}
     # While the gradient is taken, a `detach` cuts, as in training. Afterwards, when `stops.pulling` is set,
     # it is the identity: what it held fixed moves with the parameters from step to step. `stops.escapes`
@@ -134,7 +140,7 @@ def total(run, state: State, weights: Tensor) -> float:
     with torch.enable_grad():  # some kernels are others where no gradient is taken
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
         for part in range(run.accumulate):
-            determinism.seed_step(run.seed, t, part)
+            determinism.seed_step(run.seed, run.first + t, part)
             batch = run.batch(t, part)
             losses, buffers = run.network.apply(
                 lambda model, batch=batch: run.loss(model, *batch), leaves, buffers

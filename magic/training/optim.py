@@ -19,7 +19,8 @@ from .nadam import nadam
 from .radam import radam
 from .rmsprop import rmsprop, rmsprop_adjoint
 from .sgd import sgd, sgd_adjoint
-from .update import Pull, Rule, Slots
+from .slopes import adam_slopes, sgd_slopes
+from .update import Pull, Rule, Slopes, Slots
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Update:
     squares  the slot that holds the squares of gradients, where ε alone keeps their root from 0
     start    start(param, hyper) -> the slots before the first update, if the optimizer makes them in its
              constructor
+    slopes   how the rule moves with its hyper-parameters, where that is known
     """
 
     told: str
@@ -41,6 +43,7 @@ class Update:
     divides: bool = False
     squares: str | None = None
     start: Callable[..., Slots] | None = None
+    slopes: Callable[..., Slopes] | None = None
 
     @property
     def adjoint(self) -> Callable[..., Pull]:
@@ -48,10 +51,10 @@ class Update:
         return self.by_hand or Differentiated(self.rule)
 
 
-_ADAM = Update("Adam", adam, adam_adjoint, divides=True, squares="exp_avg_sq")
+_ADAM = Update("Adam", adam, adam_adjoint, divides=True, squares="exp_avg_sq", slopes=adam_slopes)
 # CONTRIBUTING.md says how to add another one.
 UPDATES: dict[type, Update] = {
-    torch.optim.SGD: Update("SGD", sgd, sgd_adjoint),
+    torch.optim.SGD: Update("SGD", sgd, sgd_adjoint, slopes=sgd_slopes),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
     torch.optim.RMSprop: Update("RMSprop", rmsprop, rmsprop_adjoint, divides=True, squares="square_avg"),

@@ -87,7 +87,7 @@ class Run:
         self.data, self.n = examples.check_data(data, collate)
         self.batches = examples.check_batches(batches, self.n)
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
-        self.loss, self.normalize, self.seed, self.collate = loss, normalize, seed, collate
+        self.loss, self.normalize, self.seed, self.collate, self.first = loss, normalize, seed, collate, 0
         self.clip, self.accumulate, self.tokens = clipping.read(clip), accumulate, None
         examples.check_accumulate(accumulate, self.batches)
         arguments.check_all_held(self.clip, model, self.group_of)
@@ -211,7 +211,7 @@ class Run:
 
         It sees a copy, so what it does to the model ends with it. The numbers may carry a graph.
         """
-        determinism.seed_step(self.seed, self.steps)
+        determinism.seed_step(self.seed, self.first + self.steps)
         named = [*self.network.module.named_parameters(), *self.network.module.named_buffers()]
         # The copy shares these, since other tensors are put into their place anyway.
         shared = {id(x): x for name, x in named if name not in self.network.frozen}

@@ -20,7 +20,7 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
         ),
         "the optimizer or its hyper-parameters": (rule, run.hypers, run.group_of),
         "the order of the batches": [fingerprints.fingerprint(b) for b in run.batches],
-        "normalize or seed": (run.normalize, run.seed),
+        "normalize or seed": (run.normalize, run.seed, *([run.first] if run.first else [])),
     }
     if (
         run.clip is not None or run.accumulate > 1

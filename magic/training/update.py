@@ -18,6 +18,10 @@ Autograd finds an adjoint for any rule (`differentiated.py`). Where an update is
 Adam and RMSprop is, so is its adjoint: a handful of multiplications by vectors that all targets share. For
 these it is written by hand, which is faster: derived line by line from the rule, which stands above it. The
 tests compare it with autograd of the rule.
+
+`slopes(param, grad, slots, hyper, after)` says how what the update returns moves with each of its
+hyper-parameters, as a list of terms: (what, factor, tensor) means that "param", or the slot of that name,
+moves by factor · tensor.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from torch import Tensor
 Slots = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, Slots]]
 Pull = Callable[[dict[str, Tensor]], Tensor]
+Term = tuple[str, float, Tensor]
+Slopes = dict[str, list[Term]]
 
 
 def moments(param: Tensor) -> Slots:

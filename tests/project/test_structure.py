@@ -26,16 +26,17 @@ ORDER = [
     "training.determinism", "training.hidden_state", "training.arguments", "training.examples",
     "training.dataset_identity", "training.order", "training.state", "training.record", "training.finite",
     "training.update", "training.differentiated", "training.sgd", "training.adam", "training.rmsprop",
-    "training.adagrad", "training.nadam", "training.radam", "training.adafactor", "training.muon",
-    "training.optim", "training.clipping",
+    "training.slopes", "training.adagrad", "training.nadam", "training.radam", "training.adafactor",
+    "training.muon", "training.optim", "training.clipping",
     "training.hypers", "training.network", "training.gradient", "training.first_step",
-    "training.run_identity", "training.run",
-    "engine.refusals", "engine.vjp", "engine.adjoint", "engine.finite_difference", "engine.witness",
+    "training.run_identity", "training.run", "training.variants",
+    "engine.refusals", "engine.vjp", "engine.asked", "engine.tracing", "engine.adjoint",
+    "engine.finite_difference", "engine.witness",
     "engine.measure_witness", "engine.rounding", "engine.actions", "engine.walk", "engine.schedule",
     "engine.costs", "engine.timeline", "engine.files", "engine.store", "engine.places", "engine.footprint",
     "engine.measuring", "engine.trial", "engine.work", "engine.search", "engine.planning", "engine.health",
-    "engine.folder", "engine.resume", "engine.listeners", "engine.replay",
-    "subsets", "points", "saved", "attribution",
+    "engine.folder", "engine.resume", "engine.listeners", "engine.finders", "engine.replay",
+    "subsets", "points", "saved", "attribution", "metagradients",
     "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs", "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
     "evidence.estimates", "evidence.trak", "evidence.ekfac", "evidence.baselines",
@@ -70,15 +71,16 @@ MODULE_LINES, BODY_LINES, PARAMETERS = 300, 40, 6
 # What has to be read to follow one metagradient: the reading order in magic/__init__.
 CORE = [
     "training.state", "training.update", "training.sgd", "training.network", "training.gradient",
-    "training.run", "engine.vjp", "engine.adjoint", "engine.actions", "engine.schedule", "engine.store",
-    "engine.replay",
+    "training.run", "engine.vjp", "engine.tracing", "engine.adjoint", "engine.actions", "engine.schedule",
+    "engine.store", "engine.replay",
 ]  # fmt: skip
-CORE_LINES = 1000  # of code
+CORE_LINES = 1060  # of code
 # What a user may ask for is said argument by argument, since an editor shows it so; and what stands in the
 # place of a function of PyTorch's has its signature.
 MORE_PARAMETERS = {
-    "attribution.attribute": 9, "training.run.__init__": 11, "evidence.outputs.outputs": 7,
-    "evidence.comparison.lds": 7, "engine.planning.plan": 7,
+    "attribution.attribute": 10, "metagradients.metagradient": 11, "training.run.__init__": 11,
+    "evidence.outputs.outputs": 7,
+    "evidence.comparison.lds": 7, "engine.planning.plan": 7, "engine.replay.metagradient": 7,
     "kernels.batch_norm.batch_norm": 8, "kernels.replace._torch_batch_norm": 9,
     "kernels.pooling.avg_pool2d": 7, "kernels.convolution.conv": 7, "kernels.attention.attention": 8,
 }  # fmt: skip

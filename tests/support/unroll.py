@@ -194,12 +194,16 @@ def clipped(grads, clip):
     return [g if g is None or norm + 1e-6 < limit else g * limit / (norm + 1e-6) for g in grads]
 
 
-def unroll(
-    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", along=None,
-    clip=None, accumulate=1,
+def unrolled(
+    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", clip=None,
+    accumulate=1, by=None,
 ):  # fmt: skip
-    """(K, n): the metagradient, by autograd through every step at once; with `along`, (n,), its derivative
-    in that direction, by autograd through that."""
+    """(K,): the measured outputs as one graph of the data weights, through every step of the training.
+
+    by  leaves in the place of what else the training is made from: "params/name", "buffers/name", "data/i",
+        and "hypers/name", (T, groups), a hyper-parameter of each step
+    """
+    by = by or {}
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     schedulers = scheduler if isinstance(scheduler, list) else [scheduler]
     held = {
@@ -210,10 +214,12 @@ def unroll(
     }
     held_by = {k: held[id(p)] for k, p in model.named_parameters() if p.requires_grad and id(p) in held}
     bound = Bound(differentiable(model))
-    params = {f"model.{k}": p.clone() for k, p in model.named_parameters() if k in held_by}
-    buffers = {f"model.{k}": b.clone() for k, b in model.named_buffers()}
+    params = {
+        f"model.{k}": by.get(f"params/{k}", p.clone()) for k, p in model.named_parameters() if k in held_by
+    }
+    buffers = {f"model.{k}": by.get(f"buffers/{k}", b.clone()) for k, b in model.named_buffers()}
+    data = [by.get(f"data/{i}", x) for i, x in enumerate(data)]
     memory = dict.fromkeys(params)
-    weights = weights.clone().requires_grad_()
     for t, indices in enumerate(batches):
         total, whole = 0.0, weights[indices]
         for part, some in enumerate(indices.chunk(accumulate)):
@@ -229,13 +235,39 @@ def unroll(
         for k, g in zip(list(params), grads, strict=True):
             if g is not None:
                 one, group = held_by[k.removeprefix("model.")]
-                update = TEXTBOOK[type(one)]
-                params[k], memory[k] = update(params[k], g, memory[k], one.param_groups[group])
+                hyper = at_step(one.param_groups[group], by, t, group)
+                params[k], memory[k] = TEXTBOOK[type(one)](params[k], g, memory[k], hyper)
         for one in filter(None, schedulers):
             one.optimizer.step()  # without gradients it does nothing but silence a warning
             one.step()
     bound.eval()
-    outputs = functional_call(bound, {**params, **buffers}, (measure,))
+    return functional_call(bound, {**params, **buffers}, (measure,))
+
+
+def at_step(group, by, t, index):
+    """The hyper-parameters of a group, with leaves in the place of those that `by` names."""
+    hyper = dict(group)
+    betas = list(hyper.get("betas", ()))
+    for key, leaf in by.items():
+        name = key.removeprefix("hypers/")
+        if name in ("beta1", "beta2"):
+            betas[int(name[-1]) - 1] = leaf[t, index]
+            hyper["betas"] = tuple(betas)
+        elif name != key:
+            hyper[name] = leaf[t, index]
+    return hyper
+
+
+def unroll(
+    model, optimizer, scheduler, data, loss, batches, measure, weights, seed=0, normalize="batch", along=None,
+    clip=None, accumulate=1,
+):  # fmt: skip
+    """(K, n): the metagradient, by autograd through every step at once; with `along`, (n,), its derivative
+    in that direction, by autograd through that."""
+    weights = weights.clone().requires_grad_()
+    outputs = unrolled(
+        model, optimizer, scheduler, data, loss, batches, measure, weights, seed, normalize, clip, accumulate
+    )
     twice = along is not None
     found = [torch.autograd.grad(y, weights, retain_graph=True, create_graph=twice)[0] for y in outputs]
     if twice:
