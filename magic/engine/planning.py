@@ -257,7 +257,7 @@ def plan_within(
     memory = "1GB" if memory is None else memory
     room = search.parse_bytes(memory)
     folder = writable(disk) if disk is not None else None
-    step = measure_step(run, targets, folder, data=asked.examples is not None)
+    step = measure_step(run, targets, folder, asked.examples is not None)
     work = _work(run, targets, step, measure_bytes, asked)
     budget = search.budget_of(run, room, work.step, folder)
     choice = search.best(work, budget, search.chunk_of(run, work.step))

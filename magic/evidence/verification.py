@@ -131,7 +131,7 @@ def _part(found: Metagradient, of: str, dice: torch.Generator) -> tuple[Tensor, 
 def _directions(
     found: Metagradient, of: str, dice: torch.Generator
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Name -> (derivative, value, direction) of each tensor of one part. Raises ValueError if there is none."""
+    """Name -> (derivative, value, direction) of each tensor of one part; ValueError if there is none."""
     run = found.run
     if of == "start" and found.start is not None:
         params, buffers = run.initial.params, run.initial.buffers
