@@ -1,5 +1,6 @@
 """Evidence: is the prediction true? Train again, and see.
 
+together       many retrainings at once
 retraining     the run without some examples
 rows           what one row of a bank is, and the SQLite file that holds it
 bank           outputs of retrained models, kept in a file

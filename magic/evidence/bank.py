@@ -55,7 +55,8 @@ __all__ = ["Bank", "frame"]
 class Bank:
     """Outputs of one run's retrained models, in the file `path`; ":memory:" is a bank without a file.
 
-    how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain)
+    how   "weight": removed by weight 0; "rows": left out of their batches (see magic.retrain);
+          "together": by weight 0, and trained many at once (magic.outputs(together=))
     name  by which `adopt` tells apart runs that differ in their seeds only
     trust  names of parts whose code cannot be read completely (a C extension, a call of eval), or True for
            all of them: the caller vouches that they do not change

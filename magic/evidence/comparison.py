@@ -164,12 +164,13 @@ def lds(
     seed: int = 0,
     bank: Bank | None = None,
     jobs: int | None = None,
+    together: int | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Retrain without `subsets` random sets of a fraction `drop`, and compare with the prediction.
 
     seed    of the sets, and of the bootstrap
-    bank, jobs, progress   as in `magic.outputs`
+    bank, jobs, together, progress   as in `magic.outputs`
 
     Takes `subsets` + 1 trainings, minus those in `bank`. Raises ValueError for fewer than 3 subsets, a
     fraction that rounds to no example or to all, or a target whose true output does not vary; ImportError
@@ -179,7 +180,7 @@ def lds(
     if subsets < 3:
         raise ValueError(f"subsets={subsets}: a rank correlation needs at least 3")
     weights = random(run.n, drop, subsets, seed)
-    compared = compare(scores, weights, bank=bank, jobs=jobs, progress=progress, seed=seed)
+    compared = compare(scores, weights, bank=bank, jobs=jobs, together=together, progress=progress, seed=seed)
     compared.drop, compared.what = drop, f"trainings without {100 * drop:g} % of the data"
     return compared
 
@@ -191,12 +192,13 @@ def leave_one_out(
     seed: int = 0,
     bank: Bank | None = None,
     jobs: int | None = None,
+    together: int | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Retrain without single examples, and compare: a number of them at random, or those given.
 
     seed   of the examples, and of the bootstrap
-    bank, jobs, progress   as in `magic.outputs`
+    bank, jobs, together, progress   as in `magic.outputs`
 
     Raises ValueError for fewer than 3 examples, or for scores without run and measure.
     """
@@ -205,7 +207,9 @@ def leave_one_out(
         if not 3 <= examples <= n:
             raise ValueError(f"examples={examples}: between 3 and n={n}")
         examples = permutations(n, 1, seed)[0][:examples]
-    compared = compare(scores, single(n, examples), bank=bank, jobs=jobs, progress=progress, seed=seed)
+    compared = compare(
+        scores, single(n, examples), bank=bank, jobs=jobs, together=together, progress=progress, seed=seed
+    )
     compared.what = "trainings without one example"
     return compared
 
@@ -216,12 +220,13 @@ def compare(
     *,
     bank: Bank | None = None,
     jobs: int | None = None,
+    together: int | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
     """Retrain at each row of `weights`, (S, n) as `magic.subsets` makes them, and compare.
 
-    bank, jobs, progress   as in `magic.outputs`
+    bank, jobs, together, progress   as in `magic.outputs`
     seed   of the bootstrap
 
     Takes S + 1 trainings, minus those in `bank`. Raises ValueError for fewer than 3 rows, for a target
@@ -231,7 +236,7 @@ def compare(
     run, measure = ready(scores)
     everything = torch.ones(1, run.n, device="cpu")
     rows = torch.cat([everything, weights.to(everything)])
-    true = outputs(run, measure, rows, bank=bank, jobs=jobs, progress=progress).cpu()
+    true = outputs(run, measure, rows, bank=bank, jobs=jobs, together=together, progress=progress).cpu()
     return Comparison(scores.predict(weights).cpu(), true[1:], true[0], seed=seed, weights=weights)
 
 

@@ -21,7 +21,7 @@ from ..show import bar, needs
 from ..training import determinism
 from ..training.run import Run
 from .bank import Bank
-from .retraining import retrained
+from .retraining import retrained, retrained_together
 
 WORTH = 30.0  # seconds of training from which other processes, which take about ten to start, pay off
 UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the call's token
@@ -36,6 +36,7 @@ def outputs(
     how: str = "weight",
     bank: Bank | None = None,
     jobs: int | None = None,
+    together: int | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Measured outputs of the models trained with these data weights, on the CPU, in the run's precision.
@@ -48,16 +49,22 @@ def outputs(
     jobs   processes; None: one if that is quick enough or the run is on a GPU, which they would share;
            otherwise all cores, or what joblib.parallel_config says. The bits do not depend on it. With more
            than one process, call torch.set_num_threads(1) first, or they compete for the cores
+    together   how many models are trained at once, in this process, by torch.func.vmap: faster where a step
+           is short, in the memory of so many models, and equal to the others up to rounding. A bank for them
+           is made with how="together"
     progress   whether a bar is shown; by default it is
 
     Raises ValueError for a bank of another run or measure, for a damaged row, or for a run that changed
     while it was retrained, and ImportError where more than one process is needed and joblib is missing.
     """
+    how = _how(how, together, jobs, bank)
     single = weights.dim() == 1 or weights.shape == run.shape
     if single and bank is None:
         return retrained(run, measure, weights, how).cpu()
     if single:
-        return outputs(run, measure, weights[None], bank=bank, jobs=jobs, progress=progress)[0]
+        return outputs(
+            run, measure, weights[None], bank=bank, jobs=jobs, together=together, progress=progress
+        )[0]
     if bank is None:
         bank = Bank(":memory:", run, measure, how=how)
     bank.serves(run, measure)
@@ -66,7 +73,12 @@ def outputs(
     known = {s: found for s, found in looked_up.items() if found is not None}
     todo = [s for s in looked_up if s not in known]
     with bar(len(todo), "retrain", progress) as shown:
-        for s, found in _trained(run, measure, weights, todo, bank.how, jobs):
+        trained = (
+            _trained(run, measure, weights, todo, bank.how, jobs)
+            if together is None
+            else _together(run, measure, weights, todo, together)
+        )
+        for s, found in trained:
             known[s] = found
             bank.put(weights[s], found)
             shown.update()
@@ -78,6 +90,31 @@ def outputs(
             "kept; make a new Run, and let nothing change under it"
         )
     return torch.stack([known[s].to(torch.float64).cpu() for s in range(len(weights))]).to(run.dtype)
+
+
+def _how(how: str, together: int | None, jobs: int | None, bank: Bank | None) -> str:
+    """How examples are removed. Raises ValueError for arguments that contradict each other."""
+    if together is None:
+        if bank is not None and bank.how == "together":
+            raise ValueError(f"{bank.path}: this bank is of trainings made together; give together= as well")
+        return how
+    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
+        raise ValueError(f"together={together!r}: how many models are trained at once, 1 or more")
+    if how == "rows" or (jobs or 1) != 1:
+        raise ValueError('together= trains in this process, by data weights: leave out jobs= and how="rows"')
+    if bank is not None and bank.how != "together":
+        raise ValueError(
+            f"{bank.path}: this bank is of trainings made one by one, which may have other last bits; make "
+            'one with magic.Bank(..., how="together")'
+        )
+    return "together"
+
+
+def _together(run: Run, measure: Callable, weights: Tensor, todo: list[int], together: int):
+    """Yield the number of each row of `todo` and its outputs, trained so many at a time."""
+    for i in range(0, len(todo), together):
+        some = todo[i : i + together]
+        yield from zip(some, retrained_together(run, measure, weights[some]), strict=True)
 
 
 def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how: str, jobs: int | None):

@@ -8,7 +8,7 @@ under `normalize="batch"` the divisor remains the batch's size. `how="rows"` rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ..engine.measuring import measured_outputs
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
+from .together import trained_together
 
 
 def retrain(run: Run, without: Iterable[int], *, how: str = "weight", progress: bool = True) -> State:
@@ -65,10 +66,21 @@ def retrained(run: Run, measure: Callable, weights: Tensor, how: str = "weight")
         return measured_outputs(run, _train(run, run.weights(weights), how, False), measure)
 
 
+def retrained_together(run: Run, measure: Callable, weights: Tensor) -> Iterator[Tensor]:
+    """(K,) measured outputs for each row of weights, (R, n), trained at once (`magic.evidence.together`)."""
+    for state in trained_together(run, weights):
+        yield measured_outputs(run, state, measure)
+
+
 def _train(run: Run, weights: Tensor, how: str, progress: bool) -> State:
     """The final state at these (n,) weights, removed as `how` says."""
     if how == "weight":
         return run.train(weights, progress=progress)
     if how == "rows":
         return without_rows(run, weights).train(weights, progress=progress)
-    raise ValueError(f'how={how!r}: choose "weight" (data weight 0) or "rows" (left out of the batches)')
+    if how == "together":
+        return next(trained_together(run, weights[None]))
+    raise ValueError(
+        f'how={how!r}: choose "weight" (data weight 0) or "rows" (left out of the batches); "together" is '
+        "that of a bank for trainings that are made many at once"
+    )

@@ -40,6 +40,14 @@ class Clipping:
         ratio = (self.limit / (_norm(laid) + EPS)).clamp(max=1.0)
         return {k: g * ratio for k, g in laid.items()}
 
+    def clip_by_hand(self, grads: Grads) -> dict[str, Tensor]:
+        """The same up to rounding, in operations that torch.func.vmap knows."""
+        if self.kind == "value":
+            return {k: g.clamp(-self.limit, self.limit) for k, g in grads.items()}
+        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+        ratio = (self.limit / (norm + EPS)).clamp(max=1.0)
+        return {k: g * ratio for k, g in grads.items()}
+
     def on(self, grads: Grads) -> bool:
         """Whether these gradients are changed."""
         if self.kind == "value":

@@ -113,7 +113,7 @@ def gradient_of_part(run, inputs: Inputs, t: int, part: int, create_graph: bool 
                 modes.enter_context(stops)
             losses = run.loss(model, *batch)
         arguments.check_leaves(params, t)
-        total = _total(run, losses, inputs.weight, t, part)
+        total = weighted_sum(run, losses, inputs.weight, t, part)
         leaves, stops.escapes.open = list(params.values()), False
         grads: Sequence[Tensor | None]
         grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
@@ -145,13 +145,13 @@ def total(run, state: State, weights: Tensor) -> float:
             losses, buffers = run.network.apply(
                 lambda model, batch=batch: run.loss(model, *batch), leaves, buffers
             )
-            one = _total(run, losses, weight, t, part).detach()
+            one = weighted_sum(run, losses, weight, t, part).detach()
             whole = one if whole is None else whole + one
     assert whole is not None, "a batch has at least one part"
     return whole.item()
 
 
-def _total(run, losses: Tensor, weight: Tensor, t: int, part: int) -> Tensor:
+def weighted_sum(run, losses: Tensor, weight: Tensor, t: int, part: int) -> Tensor:
     """Σ wᵢℓᵢ / B, or, under normalize="weights", Σ wᵢℓᵢ / Σ wᵢ; the sums over the examples of this part.
 
     B is divided by as in a plain loop that accumulates: by the number of examples in the part, which gives

@@ -56,6 +56,14 @@ class Network:
                 after[name] = buffers[name]
         return out, after
 
+    def pure(self, f: Callable, params: dict, buffers: dict) -> tuple:
+        """f(model), and the buffers that it left there, where nobody asks which of them were written: a form
+        of `apply` that torch.func can transform."""
+        tensors = {f"model.{name}": x for name, x in params.items()}
+        tensors |= {f"model.{name}": x.clone() for name, x in buffers.items()}
+        out = functional_call(self._call, tensors, (f,), tie_weights=self._tied)
+        return out, {name: tensors[f"model.{name}"] for name in buffers}
+
     def changed(self) -> str | None:
         """The name of a frozen parameter whose bits are not what they were when the run was made."""
         return next((name for name, total in sums(self.frozen).items() if total != self._sums[name]), None)

@@ -34,6 +34,7 @@ class Update:
     squares  the slot that holds the squares of gradients, where ε alone keeps their root from 0
     start    start(param, hyper) -> the slots before the first update, if the optimizer makes them in its
              constructor
+    elementwise  whether each entry of a parameter is updated by itself
     slopes   how the rule moves with its hyper-parameters, where that is known
     """
 
@@ -44,6 +45,7 @@ class Update:
     squares: str | None = None
     start: Callable[..., Slots] | None = None
     slopes: Callable[..., Slopes] | None = None
+    elementwise: bool = True
 
     @property
     def adjoint(self) -> Callable[..., Pull]:
@@ -61,8 +63,8 @@ UPDATES: dict[type, Update] = {
     torch.optim.Adagrad: Update("Adagrad", adagrad, divides=True, squares="sum", start=adagrad_start),
     torch.optim.NAdam: Update("NAdam", nadam, divides=True, squares="exp_avg_sq"),
     torch.optim.RAdam: Update("RAdam", radam, divides=True, squares="exp_avg_sq"),
-    torch.optim.Adafactor: Update("Adafactor", adafactor, divides=True),
-    torch.optim.Muon: Update("Muon", muon, divides=True),
+    torch.optim.Adafactor: Update("Adafactor", adafactor, divides=True, elementwise=False),
+    torch.optim.Muon: Update("Muon", muon, divides=True, elementwise=False),
 }
 
 REFUSED = {

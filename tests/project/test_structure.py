@@ -37,7 +37,8 @@ ORDER = [
     "engine.measuring", "engine.trial", "engine.work", "engine.search", "engine.planning", "engine.health",
     "engine.folder", "engine.resume", "engine.listeners", "engine.finders", "engine.replay",
     "subsets", "points", "saved", "attribution", "metagradients",
-    "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs", "evidence.comparison",
+    "evidence.together", "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs",
+    "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
     "evidence.estimates", "evidence.trak", "evidence.ekfac", "evidence.baselines",
     "evidence.explorer_widgets", "evidence.explorer",
@@ -79,8 +80,8 @@ CORE_LINES = 1060  # of code
 # place of a function of PyTorch's has its signature.
 MORE_PARAMETERS = {
     "attribution.attribute": 10, "metagradients.metagradient": 11, "training.run.__init__": 11,
-    "evidence.outputs.outputs": 7,
-    "evidence.comparison.lds": 7, "engine.planning.plan": 7, "engine.replay.metagradient": 7,
+    "evidence.outputs.outputs": 8, "evidence.comparison.lds": 8, "evidence.comparison.leave_one_out": 7,
+    "evidence.comparison.compare": 7, "engine.planning.plan": 7, "engine.replay.metagradient": 7,
     "kernels.batch_norm.batch_norm": 8, "kernels.replace._torch_batch_norm": 9,
     "kernels.pooling.avg_pool2d": 7, "kernels.convolution.conv": 7, "kernels.attention.attention": 8,
 }  # fmt: skip
