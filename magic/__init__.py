@@ -14,6 +14,7 @@ kernels     derivatives of a derivative that PyTorch lacks, has slowly, or cuts 
 training    a training run as a pure function of its data weights
 engine      REPLAY: the derivative of the whole run, from few states
 subsets, points, saved, attribution    which examples are left out; where the derivative is taken; the scores
+workers, shares    work in several processes; the targets of an attribution, shared between them
 metagradients    the derivative by everything else: the start, the rates of each step, the training inputs
 evidence    is the prediction true? Train again, and see
 text        what language models need: losses per sequence and per token, packing, loading

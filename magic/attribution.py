@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,10 +21,12 @@ from . import saved
 from .engine.health import Health, Verification
 from .engine.measuring import measured_outputs, try_measure
 from .engine.planning import Plan, plan_within
-from .engine.replay import Replay, metagradient
+from .engine.replay import Replay
 from .engine.resume import Trusted
+from .engine.search import parse_bytes
 from .identity import fingerprints, parts
 from .points import Points, describe, points_of
+from .shares import Split, replays, shares_of
 from .show import Table, needs, warn_of_old
 from .training.examples import check_indices
 from .training.run import Run
@@ -229,6 +230,7 @@ def attribute(
     *,
     drop: float | None = None,
     last: int | None = None,
+    jobs: int = 1,
     progress: bool = True,
     memory: float | str | None = None,
     disk: str | os.PathLike | None = None,
@@ -242,9 +244,12 @@ def attribute(
     at       where to differentiate: None for w = 1, a number for all examples, an (n,) or (n, L) tensor, or
              "full", "centre", "path", "average" of `magic.points`, the last three for sets of a share
              `drop`. For large sets "centre" predicts far better, at the same cost
-    last     only through so many steps at the end: the weights are 1 before (`magic.tail`). It takes less
-             time, and where the derivative of a whole run is rough it may predict better. The scores are
-             those of the run `scores.run`, which starts there, and so are retrainings of them
+    last     only through so many steps at the end, the weights being 1 before: it takes less time, and may
+             predict better where a whole run is rough. The scores are those of the run that starts there,
+             `scores.run` (`magic.tail`), and so are retrainings
+    jobs     how many processes share the targets, here or where joblib.parallel_config says; -1 for all
+             cores. Each trains for itself, in its part of `memory` and of the folder `disk`. Call
+             torch.set_num_threads(1) first, or they compete for the cores
     progress prints what the replay will keep and repeat before it starts, and shows a bar
     memory   bound on the bytes that the replay holds beyond the plain loop, on the model's device; None is
              "1GB"
@@ -264,19 +269,20 @@ def attribute(
         run = tail(run, last)
     taken = points_of(run, at, drop)
     targets, measuring = try_measure(run, measure)
-    planned = plan.of(targets, run.steps) if plan else plan_within(run, targets, memory, disk, measuring)
-    many = len(taken.points) > 1
+    shares = shares_of(targets, jobs, run, plan)
+    if len(shares) > 1:
+        memory = parse_bytes("1GB" if memory is None else memory) // len(shares)
+    most = -(-targets // len(shares))
+    planned = plan.of(targets, run.steps) if plan else plan_within(run, most, memory, disk, measuring)
     if progress:
-        print(f"{len(taken.points)} times: {planned}" if many else planned)
-    folders = [disk and Path(disk, f"point {i}") if many else disk for i in range(len(taken.points))]
-    found = [
-        metagradient(run, measure, weights, planned, progress, one if one is None else Trusted(one, trust))
-        for weights, one in zip(taken.points, folders, strict=True)
-    ]
+        count = len(taken.points) * len(shares)
+        print(f"{count} times: {planned}" if count > 1 else planned)
+    split = Split(shares, None if disk is None else Trusted(disk, trust))
+    found = replays(run, measure, taken.points, planned, split, progress)
     worst = max((replay.health for replay in found), key=lambda health: len(health.problems))
     worst.warn()
     at, outputs = _start(run, measure, taken, found)
-    values = _mean(taken.shares, [replay.values for replay in found])
+    values = taken.mean([replay.values for replay in found])
     label = taken.label if last is None else f"{taken.label}, through the last {run.steps:,} steps"
     return Attribution(values, outputs, at, run, measure, planned, worst, point=label, tangent=taken.tangent)
 
@@ -287,14 +293,4 @@ def _start(run: Run, measure: Callable, taken: Points, found: list[Replay]) -> t
         return run.weights(), measured_outputs(run, run.train(progress=False), measure)
     if len(found) == 1:
         return taken.points[0], found[0].outputs
-    return _mean(taken.shares, taken.points), _mean(taken.shares, [replay.outputs for replay in found])
-
-
-def _mean(shares: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
-    """The mean of tensors of one shape, with the share of each."""
-    pairs = zip(shares, tensors, strict=True)
-    share, x = next(pairs)
-    total = share * x
-    for share, x in pairs:
-        total = total + share * x
-    return total
+    return taken.mean(taken.points), taken.mean([replay.outputs for replay in found])

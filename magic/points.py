@@ -14,6 +14,7 @@ All predict by an affine function of w. `full` and `centre` take one replay, the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,15 @@ class Points:
     def tangent(self) -> bool:
         """Whether the derivative is that at the very point that predictions start from."""
         return len(self.points) == 1 and not self.from_full
+
+    def mean(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The mean of a tensor for each point, with the share of each."""
+        pairs = zip(self.shares, tensors, strict=True)
+        share, x = next(pairs)
+        total = share * x
+        for share, x in pairs:
+            total = total + share * x
+        return total
 
 
 def describe(weights: Tensor) -> str:

@@ -101,14 +101,14 @@ def test_old_names_warn(sgd):
 def test_a_mean_goes_on_in_its_folder(sgd, tmp_path, monkeypatch):
     whole = attribute(sgd, "path", drop=0.2)
     assert whole.values.abs().max() > 0
-    found = magic.attribution.metagradient
+    found = magic.shares.metagradient
 
     def killed(*arguments, **options):
         if "point 1" in f"{arguments} {options}":
             raise KeyboardInterrupt
         return found(*arguments, **options)
 
-    monkeypatch.setattr(magic.attribution, "metagradient", killed)
+    monkeypatch.setattr(magic.shares, "metagradient", killed)
     with pytest.raises(KeyboardInterrupt):
         attribute(sgd, "path", drop=0.2, disk=tmp_path)
     monkeypatch.undo()

@@ -7,24 +7,20 @@ computes the same bits. Each result is kept in a `Bank` as soon as it is there.
 
 from __future__ import annotations
 
-import pickle
-import secrets
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .. import workers
 from ..identity.parts import changed
-from ..show import bar, needs
-from ..training import determinism
+from ..show import bar
 from ..training.run import Run
 from .bank import Bank
 from .retraining import retrained, retrained_together
 
 WORTH = 30.0  # seconds of training from which other processes, which take about ten to start, pay off
-UNPACKED: dict[str, tuple[Run, Callable]] = {}  # in a worker: what it works on, by the call's token
 TASKS = 8  # the least number of tasks per worker, so that none waits long for the others
 
 
@@ -123,11 +119,11 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
     Unless `jobs` is given, the first is trained here, which shows how long the others would take.
     """
     start = time.monotonic()
-    if jobs is None and todo and not _elsewhere():
+    if jobs is None and todo and not workers.elsewhere():
         yield todo[0], retrained(run, measure, weights[todo[0]], how)
         todo = todo[1:]
         quick = (time.monotonic() - start) * len(todo) <= WORTH
-        jobs = 1 if quick or (run.device.type != "cpu" and not _told()) else None
+        jobs = 1 if quick or (run.device.type != "cpu" and workers.told() is None) else None
     if jobs == 1:
         for s in todo:
             yield s, retrained(run, measure, weights[s], how)
@@ -136,70 +132,18 @@ def _trained(run: Run, measure: Callable, weights: Tensor, todo: list[int], how:
 
 
 def _in_parallel(run, measure, weights, todo, how, jobs) -> Iterator[tuple[int, Tensor]]:
-    """The same, by joblib. A worker gets several rows at a time, and run and measure once."""
-    joblib = needs("joblib", "notebooks")
-    from joblib.parallel import get_active_backend
-
-    backend, told = get_active_backend()
+    """The same, in several processes. A worker gets several rows at a time."""
     if jobs is None:
-        jobs = -1 if told is None else told
-    workers = joblib.effective_n_jobs(jobs)
-    size = max(1, len(todo) // (TASKS * workers))
+        said = workers.told()
+        jobs = -1 if said is None else said
+    size = max(1, len(todo) // (TASKS * workers.count(jobs)))
     parts = [todo[i : i + size] for i in range(0, len(todo), size)]
-    threads = torch.get_num_threads()
-    shared = getattr(backend, "supports_sharedmem", False)
-    work = (run, measure) if shared else _packed(run, measure)
-    token = secrets.token_hex(8)
-    parallel = joblib.Parallel(jobs, return_as="generator_unordered")
-    tasks = (  # rows as arrays: a tensor that is a row would travel with the whole matrix
-        joblib.delayed(_some)(work, token, [(s, weights[s].numpy()) for s in part], how, threads)
-        for part in parts
-    )
-    for done in parallel(tasks):
+    tasks = [(how, [(s, weights[s].numpy()) for s in part]) for part in parts]
+    for done in workers.spread(_some, run, measure, tasks, jobs):
         yield from ((s, torch.from_numpy(found)) for s, found in done)
 
 
-def _packed(run: Run, measure: Callable) -> np.ndarray:
-    """Run and measure as one array of bytes, which joblib stores once for all workers to read."""
-    try:
-        import cloudpickle
-    except ImportError:  # an older joblib brings its own
-        from joblib.externals import cloudpickle
-
-    return np.frombuffer(cloudpickle.dumps((run, measure)), np.uint8)
-
-
-def _unpacked(work, token: str) -> tuple[Run, Callable]:
-    """Run and measure in a worker, unpacked at its first task."""
-    if isinstance(work, tuple):
-        return work
-    if token not in UNPACKED:
-        UNPACKED.clear()
-        UNPACKED[token] = pickle.loads(np.ascontiguousarray(work).data)
-    return UNPACKED[token]
-
-
-def _some(work, token: str, rows: list, how: str, threads: int) -> list:
+def _some(run: Run, measure: Callable, task: tuple[str, list]) -> list:
     """What a worker does: train for each row of weights."""
-    with determinism.TURN:
-        torch.set_num_threads(threads)
-        run, measure = _unpacked(work, token)
-        return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]
-
-
-def _told() -> bool:
-    """Whether joblib was told a number of processes."""
-    try:
-        from joblib.parallel import get_active_backend
-    except ImportError:
-        return False
-    return get_active_backend()[1] is not None
-
-
-def _elsewhere() -> bool:
-    """Whether joblib was told to use something other than this machine's processes."""
-    try:
-        from joblib.parallel import get_active_backend
-    except ImportError:
-        return False
-    return type(get_active_backend()[0]).__name__ != "LokyBackend"
+    how, rows = task
+    return [(s, retrained(run, measure, torch.from_numpy(w), how).cpu().numpy()) for s, w in rows]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import magic
-from magic import subsets
+from magic import subsets, workers
 from magic.evidence import bank, retraining, rows
 from magic.evidence import outputs as many
 from tests.support import cases, processes
@@ -464,11 +464,11 @@ def test_a_bank_of_what_cannot_be_known(tmp_path):
 
 def test_the_run_is_unpacked_once_in_a_worker():
     run, measure = small()
-    packed = many._packed(run, measure)
-    first = many._unpacked(packed, "a")
-    assert many._unpacked(packed, "a") is first and first[0] is not run
-    assert many._unpacked(packed, "b") is not first and len(many.UNPACKED) == 1
-    many.UNPACKED.clear()
+    packed = workers._packed(run, measure)
+    first = workers._unpacked(packed, "a")
+    assert workers._unpacked(packed, "a") is first and first[0] is not run
+    assert workers._unpacked(packed, "b") is not first and len(workers.UNPACKED) == 1
+    workers.UNPACKED.clear()
 
 
 @pytest.mark.parametrize("package", ["joblib", "pandas"])

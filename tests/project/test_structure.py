@@ -36,7 +36,7 @@ ORDER = [
     "engine.costs", "engine.timeline", "engine.files", "engine.store", "engine.places", "engine.footprint",
     "engine.measuring", "engine.trial", "engine.work", "engine.search", "engine.planning", "engine.health",
     "engine.folder", "engine.resume", "engine.listeners", "engine.finders", "engine.replay",
-    "subsets", "points", "saved", "attribution", "metagradients",
+    "subsets", "points", "saved", "workers", "shares", "attribution", "metagradients",
     "evidence.together", "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs",
     "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
@@ -79,7 +79,7 @@ CORE_LINES = 1060  # of code
 # What a user may ask for is said argument by argument, since an editor shows it so; and what stands in the
 # place of a function of PyTorch's has its signature.
 MORE_PARAMETERS = {
-    "attribution.attribute": 10, "metagradients.metagradient": 11, "training.run.__init__": 11,
+    "attribution.attribute": 11, "metagradients.metagradient": 11, "training.run.__init__": 11,
     "evidence.outputs.outputs": 8, "evidence.comparison.lds": 8, "evidence.comparison.leave_one_out": 7,
     "evidence.comparison.compare": 7, "engine.planning.plan": 7, "engine.replay.metagradient": 7,
     "kernels.batch_norm.batch_norm": 8, "kernels.replace._torch_batch_norm": 9,
