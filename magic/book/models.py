@@ -86,7 +86,7 @@ class ResNet9(nn.Module):
 
     Nine weight layers after Page 2018 ("How to train your ResNet"). Normalisation stands before each
     activation, pooling averages, and the output is scaled down, as metasmoothness asks. `width` is
-    the first layer's channels; the papers' size is 64.
+    the first layer's channels, and `top` times that the last layers'; the papers' sizes are 64 and 4 there.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class ResNet9(nn.Module):
         width: int = 64,
         norm: str = "batch",
         scale: float = 0.125,
+        top: int = 4,
     ):
         super().__init__()
-        w, pool = width, nn.AvgPool2d(2)
+        w, last, pool = width, top * width, nn.AvgPool2d(2)
         self.features = nn.Sequential(
             conv(channels, w, norm),
             conv(w, 2 * w, norm),
@@ -106,11 +107,11 @@ class ResNet9(nn.Module):
             Residual(nn.Sequential(conv(2 * w, 2 * w, norm), conv(2 * w, 2 * w, norm))),
             conv(2 * w, 4 * w, norm),
             pool,
-            conv(4 * w, 4 * w, norm),
+            conv(4 * w, last, norm),
             pool,
-            Residual(nn.Sequential(conv(4 * w, 4 * w, norm), conv(4 * w, 4 * w, norm))),
+            Residual(nn.Sequential(conv(last, last, norm), conv(last, last, norm))),
         )
-        self.head = nn.Linear(4 * w, classes, bias=False)
+        self.head = nn.Linear(last, classes, bias=False)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,12 +35,24 @@ class InDouble(checkpointing.Keeping):
             return args[0].double()
         if func is Tensor.double:
             return func(*args, **kwargs)
+        if all(map(_nothing_low, args)) and all(map(_nothing_low, kwargs.values())):  # nearly always
+            made = func(*args, **kwargs)
+            return made if _nothing_low(made) else _each(_made, made)
         if func not in REINTERPRETS:
             args, kwargs = _each(_asked, args), {name: _each(_asked, x) for name, x in kwargs.items()}
         if writes(func):  # into the tensor that is there
             return func(*args, **kwargs)
         kwargs = {name: _each(_made, x) for name, x in kwargs.items()}
         return _each(_made, func(*_each(_made, args), **kwargs))
+
+
+def _nothing_low(x) -> bool:
+    """Whether there is no tensor and no type of low precision in x."""
+    if isinstance(x, Tensor):
+        return x.dtype not in LOW
+    if isinstance(x, (tuple, list)):
+        return all(map(_nothing_low, x))
+    return x not in LOW if isinstance(x, torch.dtype) else not isinstance(x, dict)
 
 
 def _each(f, x):

@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import hashlib
 import pickle
 import sys
 import tomllib
@@ -103,15 +104,25 @@ def test_data_that_cannot_be_had_says_how_to_get_it(monkeypatch, tmp_path):
         data.cifar10()
 
 
-def test_cifar10_through_torchvision(monkeypatch):
-    class Fake:
-        def __init__(self, root, train, download):
-            self.data = np.random.default_rng(train).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
-            self.targets = list(range(10)) * 3
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    x, y, x_test, _ = data.cifar10(train=20, test=10)
-    assert x.shape == (20, 3, 32, 32) and x_test.shape == (10, 3, 32, 32) and len(y) == 20
+def test_cifar10_through_torchvision(tmp_path, monkeypatch):
+    """An archive of CIFAR-10's format with 30 + 10 images; torchvision reads it, and checks its sums."""
+    folder, dice, sums = tmp_path / "cifar-10-batches-py", np.random.default_rng(0), {}
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    for name, count in [*((name, 6) for name in names), ("test_batch", 10)]:
+        images = dice.integers(0, 256, (count, 3072), dtype=np.uint8)
+        content = {"data": images, "labels": [i % 10 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    kinds = {"label_names": [str(i) for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(kinds, protocol=2))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    kind = pytest.importorskip("torchvision").datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in names])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums["batches.meta"]})
+    x, y, x_test, y_test = data.cifar10(train=20, test=10, root=tmp_path)
+    assert x.shape == (20, 3, 32, 32) and x_test.shape == (10, 3, 32, 32)
+    assert len(y) == 20 and sorted(y_test.tolist()) == list(range(10))
     assert x.mean((0, 2, 3)).abs().max() < 1e-5
 
 
@@ -227,7 +238,8 @@ CALLS = {
     "evidence.explorer_widgets.__init__": lambda folder: magic.explore(scored()).live(),
     "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
     "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
-    "evidence.outputs._in_parallel": lambda folder: in_two_processes(),
+    "workers.count": lambda folder: magic.workers.count(2),
+    "workers.spread": lambda folder: in_two_processes(),
     "evidence.rows.frame": lambda folder: magic.evidence.bank.frame(folder / "bank"),
     "evidence.smoothness.survey": lambda folder: magic.smoothness.survey({}, None),
     "evidence.trak._traker": lambda folder: estimated(magic.baselines.trak),
