@@ -15,11 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Files that take a minute or more, the longest first, so that at the end no worker is left alone with one.
+# Files that take half a minute or more, the longest first, so that at the end no worker is left with one.
 LONG = (
-    "test_exact.py", "09_which_examples_mattered.ipynb", "test_planning.py",
-    "08_is_the_derivative_useful.ipynb", "test_true.py", "10_is_it_right.ipynb",
-    "11_how_near_is_near_optimal.ipynb", "test_outputs.py",
+    "test_exact.py", "test_site.py", "08_is_the_derivative_useful.ipynb", "test_planning.py",
+    "test_transformers.py", "09_which_examples_mattered.ipynb", "10_is_it_right.ipynb", "test_true.py",
+    "11_how_near_is_near_optimal.ipynb", "12_how_far_does_a_tangent_reach.ipynb", "13_language_models.ipynb",
+    "test_properties.py", "test_resume.py", "test_outputs.py", "test_gpu_script.py",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from .bank import Bank
 from .outputs import outputs
 
 RESAMPLES = 1000  # of the bootstrap
+NUMBERS = 1_000_000  # that are resampled at once, which is quicker than one resample after the other
 QUANTILES = (0.025, 0.975)  # what 95 % lies between
 
 
@@ -111,14 +112,19 @@ class Comparison(Table):
         """The mean of a statistic over targets, with its bootstrap interval."""
         predicted, true = self._columns
         mean = float(np.mean(statistic(predicted, true)))
+        count, targets = true.shape
         dice = np.random.default_rng(self.seed)
+        draws = [
+            (dice.integers(count, size=count), dice.integers(targets, size=targets)) for _ in range(RESAMPLES)
+        ]
         found = []
-        for _ in range(RESAMPLES):
-            rows = dice.integers(len(true), size=len(true))
-            columns = dice.integers(true.shape[1], size=true.shape[1])
+        at_once = max(1, NUMBERS // true.size)
+        for i in range(0, RESAMPLES, at_once):
+            rows, columns = map(np.stack, zip(*draws[i : i + at_once], strict=True))
+            chosen = rows[:, :, None], columns[:, None, :]
             with np.errstate(invalid="ignore", divide="ignore"):  # a resample may happen to be constant
-                found.append(np.nanmean(statistic(predicted[rows][:, columns], true[rows][:, columns])))
-        low, high = np.nanquantile(found, QUANTILES)
+                found.append(np.nanmean(statistic(predicted[chosen], true[chosen]), axis=1))
+        low, high = np.nanquantile(np.concatenate(found), QUANTILES)
         return Figure(mean, float(low), float(high))
 
     @property
@@ -266,23 +272,31 @@ def _refuse_constant(true: Tensor, predicted: Tensor) -> None:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(K,): Spearman's rank correlation of the columns of two (S, K) arrays; ties share their rank."""
+    """(K,): Spearman's rank correlation of the columns of two (S, K) arrays; ties share their rank.
+
+    As the other statistics, it takes (R, S, K) arrays as well, and then returns a row for each of the R.
+    """
     rankdata = needs("scipy.stats", "notebooks").rankdata
-    return pearson(rankdata(a, axis=0), rankdata(b, axis=0))
+    return pearson(rankdata(a, axis=-2), rankdata(b, axis=-2))
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(K,): Pearson's correlation of the columns of two (S, K) arrays."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    a, b = _centred(a), _centred(b)
+    return (a * b).sum(-2) / np.sqrt((a**2).sum(-2) * (b**2).sum(-2))
 
 
 def r2(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """(K,): the share of the true outputs' variance that the prediction explains."""
-    return 1 - ((true - predicted) ** 2).sum(0) / ((true - true.mean(0)) ** 2).sum(0)
+    return 1 - ((true - predicted) ** 2).sum(-2) / (_centred(true) ** 2).sum(-2)
 
 
 def slope(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """(1,): least-squares slope of true on predicted, all columns together, each about its mean."""
-    a, b = predicted - predicted.mean(0), true - true.mean(0)
-    return np.array([(a * b).sum() / (a * a).sum()])
+    a, b = _centred(predicted), _centred(true)
+    return ((a * b).sum((-2, -1)) / (a * a).sum((-2, -1)))[..., None]
+
+
+def _centred(a: np.ndarray) -> np.ndarray:
+    """Each column less its mean."""
+    return a - a.mean(-2, keepdims=True)

@@ -10,7 +10,7 @@ from magic.training import muon
 from tests.support import cases
 from tests.support.unroll import unroll
 
-EXAMPLES = (0, 7, 19, 33, 39)
+EXAMPLES = (0, 19, 39)
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +35,23 @@ def finite_difference(run, measure, at, i, h):
     return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
-def error_against_finite_differences(run, measure, scores, examples=EXAMPLES, steps=(1e-3, 1e-4, 3e-5, 1e-5)):
+def error_against_finite_differences(
+    run, measure, scores, examples=EXAMPLES, steps=(3e-5, 1e-4, 1e-3, 1e-5), enough=1e-8
+):
     """Largest relative error over examples. Of a few step sizes the one with the least error counts:
-    large ones are truncated, small ones rounded, and where the optimum lies depends on the run."""
+    large ones are truncated, small ones rounded, and where the optimum lies depends on the run. Those after
+    one that is exact enough are not tried."""
     worst, norm = 0.0, scores.values.norm(dim=0).mean()
     for i in examples:
         column = scores.values[:, i]
         assert column.norm() > 1e-3 * norm, "degenerate: this example has no influence"
-        worst = max(
-            worst,
-            min(
-                ((finite_difference(run, measure, scores.at, i, h) - column).norm() / column.norm()).item()
-                for h in steps
-            ),
-        )
+        least = float("inf")
+        for h in steps:
+            found = finite_difference(run, measure, scores.at, i, h)
+            least = min(least, ((found - column).norm() / column.norm()).item())
+            if least <= enough:
+                break
+        worst = max(worst, least)
     return worst
 
 
@@ -63,8 +66,19 @@ def test_against_finite_differences(name, device):
     assert error <= 1e-8
 
 
-@pytest.mark.parametrize("normalize", ["batch", "weights"])
-@pytest.mark.parametrize("name", cases.CASES)
+# The two ways to normalise differ in the weighted loss alone, so the second is tried with each kind of model
+# and of step, and not with each optimizer.
+BY_WEIGHTS = (
+    "sgd", "adamw-onecycle", "batchnorm-conv", "batchnorm-now-and-then", "dropout", "attention",
+    "tied-embedding", "clip-partly", "clip-value", "accumulate", "accumulate-batchnorm",
+    "accumulate-now-and-then",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, normalize",
+    [(name, "batch") for name in cases.CASES] + [(name, "weights") for name in BY_WEIGHTS],
+)
 def test_against_a_full_unroll(name, normalize):
     run, model, optimizer, scheduler = cases.build(name, normalize=normalize)
     measure, at = cases.measure_on(*run.data), at_random(run.n)

@@ -65,7 +65,7 @@ def peak_of(work):
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_measured_fits(name, memory):
     """From outside: everything that is allocated in a metagradient, its trial and its checks included."""
-    run, measure = RUNS[name]()
+    run, measure = RUNS[name](steps=12)
     found = []
     peak = peak_of(lambda: found.append(magic.attribute(run, measure, memory=memory, progress=False)))
     (scores,) = found
@@ -80,7 +80,7 @@ def test_what_is_measured_fits(name, memory):
 @cache
 def with_plenty(name):
     """The scores of a run where memory is no concern."""
-    run, measure = RUNS[name]()
+    run, measure = RUNS[name](steps=12)
     return magic.attribute(run, measure, memory="4GB", progress=False).values
 
 
@@ -283,9 +283,9 @@ def test_the_disk_is_used_where_it_pays(tmp_path, monkeypatch, seconds, wanted):
 
 
 def test_disk_and_host_give_the_same_bits(tmp_path):
-    run, measure = digits_run()
+    run, measure = digits_run(targets=3, steps=16)
     expected = magic.attribute(run, measure, memory="1GB", progress=False)
-    plan = magic.plan(run, 8, memory="1GB")
+    plan = magic.plan(run, 3, memory="1GB")
     for i, tiers in enumerate([(0, 1, 1, 1), (1, 1, 0, 1), (0, 2, 1, 2), (2, 2, 2, 2)]):
         far = dataclasses.replace(plan, traces=0, tier_of=tiers)
         weights = run.weights()
@@ -320,7 +320,7 @@ def test_no_tensor_stays_alive(name):
 
 
 def test_a_plan_with_a_disk_needs_one(tmp_path):
-    run, measure = digits_run(3)
+    run, measure = digits_run(targets=3, steps=16)
     plan = dataclasses.replace(magic.plan(run, 3, states=4), tier_of=(0, 2, 0, 2))
     with pytest.raises(ValueError, match="the plan keeps states on disk: pass disk="):
         magic.attribute(run, measure, plan=plan, progress=False)

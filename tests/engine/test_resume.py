@@ -114,8 +114,10 @@ def interrupted(run, measure, plan, folder, after):
             return None
 
 
-@pytest.mark.parametrize("name", ["batchnorm-adamw", "dropout", "two-groups-onecycle"])
-@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(
+    "group, name",
+    [(1, "batchnorm-adamw"), (2, "dropout"), (2, "two-groups-onecycle"), (3, "batchnorm-adamw")],
+)
 def test_every_stop_is_survived(name, group, tmp_path):
     """Stopped after each note, the replay goes on from it; each time in a fresh Run."""
 

@@ -24,44 +24,44 @@ def digits():
 
 
 def test_digits(digits, device):
-    """MLP 64-128-10, SGD at rate .1 without momentum, batch 100, 20 epochs: 96 %, LDS .99."""
+    """MLP 64-128-10, SGD at rate .2 without momentum, batch 100, 10 epochs: 96 %, LDS .99."""
     x, y, x_test, y_test = (part.to(device) for part in digits)
     torch.manual_seed(0)
     model = models.MLP((64, 128, 10)).to(device)
-    order = magic.batches(len(x), size=100, epochs=20)
-    run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.1), (x, y), cases.loss, order)
+    order = magic.batches(len(x), size=100, epochs=10)
+    run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.2), (x, y), cases.loss, order)
     assert accuracy(run, run.train(progress=False), x_test, y_test) >= 0.93
-    scores = magic.attribute(run, of_test_images(x_test, y_test), progress=False)
-    result = magic.lds(scores, drop=0.01, subsets=40, progress=False)
+    scores = magic.attribute(run, of_test_images(x_test, y_test, 6), progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=20, jobs=1, progress=False)
     print(result)
-    assert result.predicted.shape == result.true.shape == (40, 10)
+    assert result.predicted.shape == result.true.shape == (20, 6)
     assert result.mean >= 0.98 and result.interval[0] > 0.9
     assert result.interval[0] <= result.mean <= result.interval[1]
 
 
 def test_fashion_mnist(device):
-    """ConvNet of width 16 with BatchNorm on 1,000 images of 14×14, SGD at rate .01 with momentum .9,
+    """ConvNet of width 16 with BatchNorm on 600 images of 14×14, SGD at rate .01 with momentum .9,
     batch 100, 8 epochs. Chapter 10 asks the same of 4,000 images, with 60 sets and ten targets."""
-    x, y, x_test, y_test = (part.to(device) for part in data.fashion_mnist(train=1000, test=500, size=14))
+    x, y, x_test, y_test = (part.to(device) for part in data.fashion_mnist(train=600, test=500, size=14))
     torch.manual_seed(0)
     model = models.ConvNet(width=16, norm="batch").to(device)
     order = magic.batches(len(x), size=100, epochs=8)
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), (x, y), cases.loss, order)
     right = accuracy(run, run.train(progress=False), x_test, y_test)
     scores = magic.attribute(run, of_test_images(x_test, y_test, 3), progress=False)
-    result = magic.lds(scores, drop=0.01, subsets=20, progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=20, jobs=1, progress=False)
     print(right, result)
     assert right >= 0.7 and result.mean >= 0.97
 
 
-def test_two_thousand_steps_in_sixteen_states(digits):
-    """A small MLP over T = 2,000 steps: what is kept stays within the budget, and is said before."""
+def test_hundreds_of_steps_in_sixteen_states(digits):
+    """A small MLP over T = 280 steps: what is kept stays within the budget, and is said before."""
     x, y, x_test, y_test = digits
     torch.manual_seed(0)
     model = models.MLP((64, 16, 10))
-    order = magic.batches(len(x), size=30, epochs=50)
+    order = magic.batches(len(x), size=30, epochs=7)
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), (x, y), cases.loss, order)
-    assert run.steps == 2000
+    assert run.steps == 280
     plan = magic.plan(run, targets=2, states=16)
     assert "16 states kept" in str(plan) and "extra steps" in str(plan)
     measure, weights = of_test_images(x_test, y_test, 2), run.weights()
@@ -69,9 +69,9 @@ def test_two_thousand_steps_in_sixteen_states(digits):
     assert replay.peak_states == (16, 0, 0)
     assert 15 * plan.trial.state_bytes < replay.peak_bytes[0] <= 16 * plan.trial.state_bytes
     everything = magic.engine.replay.metagradient(
-        run, measure, weights, magic.plan(run, targets=2, states=2000), progress=False
+        run, measure, weights, magic.plan(run, targets=2, states=280), progress=False
     )
-    assert everything.peak_states == (2000, 0, 0) and replay.values.abs().max() > 0
+    assert everything.peak_states == (280, 0, 0) and replay.values.abs().max() > 0
     assert torch.equal(replay.values, everything.values)
 
 
@@ -112,11 +112,11 @@ def test_large_removals_at_their_centre(digits, device):
     order = magic.batches(len(x), size=100, epochs=12, seed=1)
     triangle = models.triangle(optimizer, len(order))
     run = magic.Run(model, optimizer, (x, y), cases.loss, order, triangle)
-    measure = of_test_images(x_test, y_test)
+    measure = of_test_images(x_test, y_test, 6)
     full = magic.attribute(run, measure, progress=False)
     for drop, ranks, sizes in ((0.2, 0.97, 0.88), (0.5, 0.95, 0.8)):
         centre = magic.attribute(run, measure, "centre", drop=drop, progress=False)
-        result = magic.lds(centre, drop=drop, subsets=30, progress=False)
+        result = magic.lds(centre, drop=drop, subsets=20, jobs=1, progress=False)
         other = magic.Comparison(full.predict(result.weights).cpu(), result.true, result.baseline)
         print(drop, other.mean, other.r2[0], result)
         assert result.mean >= ranks and result.r2[0] >= sizes

@@ -5,6 +5,7 @@ core reach each other only inside a function, or for a type; `show`, the ground,
 """
 
 import ast
+import functools
 import io
 import tokenize
 import types
@@ -52,6 +53,7 @@ LEAVES = [
     *(f"book.exercises.chapter_{chapter:02}" for chapter in range(17)),
     "book.exercises.small_run", "book.exercises.capstone",
 ]  # fmt: skip
+PLACED = {*ORDER, *LEAVES}
 OUTSIDE = [
     "__init__",
     "_moved",
@@ -94,7 +96,13 @@ NO_CODE = {
 def modules(package: Path) -> dict[str, ast.Module]:
     """The modules by name, from the package down: "run" of the wing "training" is "training.run"."""
     paths = {".".join(p.relative_to(package).with_suffix("").parts): p for p in sorted(package.rglob("*.py"))}
-    return {name: ast.parse(p.read_text(encoding="utf-8")) for name, p in paths.items()}
+    return {name: parsed(p.read_text(encoding="utf-8")) for name, p in paths.items()}
+
+
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The tree of a module, which several tests read and none changes."""
+    return ast.parse(text)
 
 
 def imports(name: str, tree: ast.Module):
@@ -112,7 +120,7 @@ def imports(name: str, tree: ast.Module):
         elif isinstance(node, ast.ImportFrom):
             above = ["magic", *name.split(".")][: -node.level] if node.level else []
             source = ".".join([*above, *filter(None, [node.module])])
-            known = [alias.name for alias in node.names if f"{source}.{alias.name}"[6:] in ORDER + LEAVES]
+            known = [alias.name for alias in node.names if f"{source}.{alias.name}"[6:] in PLACED]
             sources = [f"{source}.{one}" for one in known] + [source] * (len(known) < len(node.names))
         else:
             continue
