@@ -50,6 +50,7 @@ from .training import determinism
 from .training.determinism import NotDeterministic, fingerprint
 from .training.finite import NonFinite
 from .training.order import batches
+from .training.ranks import distributed
 from .training.record import ReplayMismatch
 from .training.run import Run
 from .training.state import State
@@ -79,6 +80,7 @@ __all__ = [
     "compare",
     "curvature",
     "determinism",
+    "distributed",
     "explore",
     "fingerprint",
     "hyper",

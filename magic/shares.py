@@ -71,6 +71,8 @@ def shares_of(targets: int, jobs: int, run: Run, plan: Plan | None) -> list[slic
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
         raise ValueError(f"jobs={jobs!r}: a number of processes, or -1 for all cores")
+    if jobs != 1 and run.ranks is not None:
+        raise ValueError("jobs=: this run's batches are shared between ranks already; leave it out")
     count = 1 if jobs == 1 else min(workers.count(jobs), targets)
     if count > 1 and plan is not None:
         raise ValueError("plan= and jobs= contradict each other: each process plans for its part of memory=")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..kernels.replace import differentiable
 from ..kernels.stop_gradients import Stops
+from ..training.gradient import parts_here
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from ..training.update import Pull
@@ -87,28 +88,17 @@ def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUN
     Where the batch was done in parts, the gradient is a sum, so that its cotangent is that of each part. Only
     the buffers went from part to part: their cotangents are pulled through the parts, the last one first.
     """
-    state, count = traced.state, cotangent.targets
-    updates = _adjoints(run, traced)
-    unclip = run.clip.adjoint(traced.grads) if run.clip is not None else None
-
-    def through_the_update(rows: slice) -> dict[str, Tensor]:
-        """The first pull, in place on these rows of the cotangent; returns the gradients' cotangents."""
-        to_grads = {}
-        for name, update in updates.items():
-            slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
-            to_grads[name] = update({"param": cotangent.params[name][rows], **slots})
-        if unclip is not None:
-            unclip(to_grads)
-        return to_grads
-
-    parts = len(traced.begins)
-    everything = through_the_update(slice(0, count)) if parts > 1 else {}
+    state, count, parts = traced.state, cotangent.targets, parts_here(run)
+    through_the_update = _first_pull(run, traced, cotangent)
+    whole = len(parts) == 1 and run.ranks is None
+    everything = {} if whole else through_the_update(slice(0, count))
+    to_params = cotangent.params if run.ranks is None else cotangent.map(torch.zeros_like).params
     weight, to_buffers = traced.last.weight, cotangent.buffers
     found = Rows.zeros(count, traced.last)
-    for part in reversed(range(parts)):
+    for part, begins in reversed(list(zip(parts, traced.begins, strict=True))):
         here = traced.last
-        if part + 1 < parts:
-            here = trace_part(run, state, traced.begins[part], weight, part, bool(found.data))
+        if part != parts[-1]:
+            here = trace_part(run, state, begins, weight, part, bool(found.data))
 
         grads = [k for k, g in here.gradient.by_name.items() if g is not None]
         outputs = [*here.outputs, *(here.gradient.buffers[name] for name in to_buffers)]
@@ -119,7 +109,11 @@ def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUN
 
         with torch.enable_grad(), refusing(f"step {state.step}"):
             own = found.of(run.part(state.step, part))
-            to_buffers = _pull_part(here, outputs, to_outputs, cotangent, own, chunk)
+            to_buffers = _pull_part(here, outputs, to_outputs, to_params, own, chunk)
+    if run.ranks is not None:
+        run.ranks.sum([*to_params.values(), found.scores, *found.data.values()])
+        for name, c in to_params.items():
+            cotangent.params[name].add_(c)
     before = {
         name: {k: c for k, c in cotangent.slots[name].items() if k in slots}
         for name, slots in state.slots.items()
@@ -127,21 +121,43 @@ def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUN
     return Cotangent(cotangent.params, to_buffers, before, state.step), found
 
 
+def _first_pull(run: Run, traced: Traced, cotangent: Cotangent) -> Callable[[slice], dict[str, Tensor]]:
+    """A function that pulls rows of the cotangent through the update, in place, and returns the cotangents of
+    the gradients."""
+    updates = _adjoints(run, traced)
+    unclip = run.clip.adjoint(traced.grads) if run.clip is not None else None
+
+    def through_the_update(rows: slice) -> dict[str, Tensor]:
+        to_grads = {}
+        for name, update in updates.items():
+            slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
+            to_grads[name] = update({"param": cotangent.params[name][rows], **slots})
+        if unclip is not None:
+            unclip(to_grads)
+        return to_grads
+
+    return through_the_update
+
+
 def _pull_part(
     part: Part,
     outputs: list[Tensor],
     to_outputs: Callable[[slice], list[Tensor]],
-    cotangent: Cotangent,
+    to_params: dict[str, Tensor],
     found: Rows,
     chunk: int,
 ) -> dict[str, Tensor]:
     """The second pull, through the graph of a part: adds to the cotangents of the parameters and to the rows
     of the examples, and returns the cotangents of the buffers that the part began with."""
-    count = cotangent.targets
+    count = len(found.scores)
     to_buffers = {k: b.new_zeros(count, *b.shape) for k, b in part.buffers.items()}
     inputs = [*part.params.values(), *part.buffers.values(), part.weight, *part.data.values()]
-    to_params = [cotangent.params[name] for name in part.params]
-    added = [*to_params, *to_buffers.values(), found.scores, *found.data.values()]
+    added = [
+        *(to_params[name] for name in part.params),
+        *to_buffers.values(),
+        found.scores,
+        *found.data.values(),
+    ]
     for rows, products in pull(outputs, inputs, to_outputs, count, chunk):
         for x, product in zip(added, products, strict=True):
             x[rows].add_(product)

@@ -63,6 +63,8 @@ def read(run: Run, of, examples=None) -> Asked:
     Raises TypeError or ValueError for a name that this run has no derivative by, and says why.
     """
     names = (of,) if isinstance(of, str) else tuple(of)
+    if run.ranks is not None and "start" in names and run.initial.buffers:
+        raise ValueError('of="start": of a run that is shared between ranks the buffers have no derivative')
     known = slopes_known(run)
     hypers: dict[str, None] = {}
     for name in names:

@@ -268,7 +268,8 @@ def plan_within(
             + ("" if targets == 1 else f", of which {scores:,} are the results of {targets:,} targets")
         )
     tier_of = search.places(run.steps, choice)
-    return Plan(work, choice.group, choice.chunk, choice.traces, tier_of, room)
+    made = Plan(work, choice.group, choice.chunk, choice.traces, tier_of, room)
+    return made if run.ranks is None else run.ranks.agreed(made)  # clocks differ
 
 
 def _work(run: Run, targets: int, step: StepCost, measure_bytes: int = 0, asked: Asked = WEIGHTS) -> Work:

@@ -112,6 +112,8 @@ class Directory:
                cannot be known
         """
         place = Path(path)
+        if run.ranks is not None:
+            raise ValueError(f"disk={path!r}: a folder is of one process, and this run is shared by several")
         with opened(place, identity(run, weights, what, measure), trust) as owner:
             folder = cls(place, run, owner)
             for inner in (folder.states.folder, folder._training.folder):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.gradient import Gradient, Inputs, gradient_of_part
+from ..training.gradient import Gradient, Inputs, gradient_of_part, parts_here
 from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import State
@@ -101,17 +101,19 @@ def trace(
     t, begins = state.step, [(state.buffers, run.moved(state))]
     whole: Gradient | None = None
     weight = weights[run.batches[t].to(weights.device)].detach()
-    for part in range(run.accumulate):
-        last = trace_part(run, state, begins[part], weight, part, data)
+    parts = parts_here(run)
+    for part in parts:
+        last = trace_part(run, state, begins[-1], weight, part, data)
         one = last.gradient.detached()
         whole = one if whole is None else whole.plus(one)
         moved = state.moved | whole.written
         begins.append(
             (whole.buffers, [k for k, b in whole.buffers.items() if k in moved and b.is_floating_point()])
         )
-        if part + 1 < run.accumulate:
+        if part != parts[-1]:
             del last  # its graph must be gone before the next is made
     assert whole is not None, "a batch has at least one part"
+    whole = whole if run.ranks is None else run.ranks.whole(whole, state.params)
     after = None
     if step and whole.same_bits:
         after = run.moved_on(state, weight, whole, passed)

@@ -101,7 +101,7 @@ def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
     """
     t = state.step
     shadow = copy.copy(run)
-    shadow.accumulate = 1  # a sum of gradients has the derivative of its terms
+    shadow.accumulate, shadow.ranks = 1, None  # a sum of gradients has the derivative of its terms
     module = sharing_copy(run.network.module, run.network.frozen.values())
     shadow.network = Network(module.double())
     shadow.data = each(lambda x: in_double(x[:examples]), run.batch(t))

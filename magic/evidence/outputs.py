@@ -66,6 +66,8 @@ def outputs(
     bank.serves(run, measure)
     parts = run.identity()
     looked_up = {s: bank.get(row) for s, row in enumerate(weights)}
+    if run.ranks is not None:  # all train the same rows, one after the other
+        looked_up, jobs = run.ranks.agreed(looked_up), 1
     known = {s: found for s, found in looked_up.items() if found is not None}
     todo = [s for s in looked_up if s not in known]
     with bar(len(todo), "retrain", progress) as shown:

@@ -53,6 +53,8 @@ def trained_together(run: Run, weights: Tensor) -> Iterator[State]:
 
 def check(run: Run) -> None:
     """Raise ValueError for a run whose trainings cannot be made together."""
+    if run.ranks is not None:
+        raise ValueError("together: this run's batches are shared between ranks; leave together= out")
     whole = dict.fromkeys(update.told for update in run.updates if not update.elementwise)
     if whole:
         raise ValueError(

@@ -24,5 +24,6 @@ record            what a training notes of itself, to compare a replay with
 finite            numbers that are not finite, and where they first appeared
 first_step        the first step, tried three times when a Run is made
 run               Run, and the step
+ranks             one run on several processes, each with its share of every batch
 variants          other runs made from one: with other data or rates, another start, or only its last steps
 """

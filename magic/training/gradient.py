@@ -80,11 +80,17 @@ class Gradient:
 def gradient(run, inputs: Inputs, t: int, create_graph: bool = False) -> Gradient:
     """`Run.gradient`: the sum over the parts of the batch. Each begins with the buffers that the one before
     it has left."""
-    whole = gradient_of_part(run, inputs, t, 0, create_graph)
-    for part in range(1, run.accumulate):
+    first, *others = parts_here(run)
+    whole = gradient_of_part(run, inputs, t, first, create_graph)
+    for part in others:
         inputs = replace(inputs, buffers=whole.buffers)
         whole = whole.plus(gradient_of_part(run, inputs, t, part, create_graph))
-    return whole
+    return whole if run.ranks is None else run.ranks.whole(whole, inputs.params)
+
+
+def parts_here(run) -> range:
+    """The parts of a batch that this process does: all of them, unless it is one of several ranks."""
+    return range(run.accumulate) if run.ranks is None else run.ranks.own(run.accumulate)
 
 
 def gradient_of_part(run, inputs: Inputs, t: int, part: int, create_graph: bool = False) -> Gradient:
@@ -139,7 +145,7 @@ def total(run, state: State, weights: Tensor) -> float:
     weight = weights[run.batches[t].to(weights.device)]
     with torch.enable_grad():  # some kernels are others where no gradient is taken
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-        for part in range(run.accumulate):
+        for part in parts_here(run):
             determinism.seed_step(run.seed, run.first + t, part)
             batch = run.batch(t, part)
             losses, buffers = run.network.apply(
@@ -148,6 +154,8 @@ def total(run, state: State, weights: Tensor) -> float:
             one = weighted_sum(run, losses, weight, t, part).detach()
             whole = one if whole is None else whole + one
     assert whole is not None, "a batch has at least one part"
+    if run.ranks is not None:
+        run.ranks.sum([whole])
     return whole.item()
 
 

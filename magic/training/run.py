@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ class Run:
         self.hypers = hypers.hypers(optimizer, scheduler, len(self.batches))
         self.loss, self.normalize, self.seed, self.collate, self.first = loss, normalize, seed, collate, 0
         self.clip, self.accumulate, self.tokens = clipping.read(clip), accumulate, None
+        self.ranks: Any = None  # magic.distributed sets it
         examples.check_accumulate(accumulate, self.batches)
         arguments.check_all_held(self.clip, model, self.group_of)
         self.network = Network(arguments.frozen_copy(model, keep=self.group_of))
@@ -147,8 +149,7 @@ class Run:
         return model.eval()
 
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
-        """Data weights as a tensor of the run's `shape` on its device, checked. None is 1; a number fills
-        it."""
+        """Data weights as a checked tensor of the run's `shape` on its device. None is 1; a number fills it."""
         return examples.checked_weights(self, weights, allow_negative)
 
     @determinism.in_turn

@@ -26,6 +26,8 @@ def parts_of(run, fresh: bool = False) -> dict[str, str]:
         run.clip is not None or run.accumulate > 1
     ):  # a part only where there is one: older banks know no other
         parts["clip or accumulate"] = (run.clip, run.accumulate)
+    if run.ranks is not None:
+        parts["the number of ranks"] = (run.ranks.world, run.ranks.backend)
     if isinstance(run.data, tuple):
         parts["the data"] = [fingerprints.fingerprint(x) for x in run.data]
     found = {name: fingerprints.digest(repr(part)) for name, part in parts.items()}

@@ -77,6 +77,22 @@ def test_what_is_measured_fits(name, memory):
     torch.testing.assert_close(scores.values, plenty, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", ["30MB", "150MB"])
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_asked_beside_the_scores_fits_too(name, memory):
+    """The start, every hyper-parameter, and the inputs of all examples."""
+    run, measure = RUNS[name](steps=12)
+    of, found = ("start", "hypers", "data"), []
+
+    def work():
+        found.append(magic.metagradient(run, measure, of, memory=memory, progress=False))
+
+    peak = peak_of(work)
+    print(f"{name} {memory}: {peak / 1e6:.1f} MB measured; {found[0].plan}")
+    assert peak <= parse_bytes(memory)
+    torch.testing.assert_close(found[0].weights, with_plenty(name), rtol=1e-3, atol=1e-6)
+
+
 @cache
 def with_plenty(name):
     """The scores of a run where memory is no concern."""

@@ -30,7 +30,7 @@ ORDER = [
     "training.slopes", "training.adagrad", "training.nadam", "training.radam", "training.adafactor",
     "training.muon", "training.optim", "training.clipping",
     "training.hypers", "training.network", "training.gradient", "training.first_step",
-    "training.run_identity", "training.run", "training.variants",
+    "training.run_identity", "training.run", "training.ranks", "training.variants",
     "engine.refusals", "engine.vjp", "engine.asked", "engine.tracing", "engine.adjoint",
     "engine.finite_difference", "engine.witness",
     "engine.measure_witness", "engine.rounding", "engine.actions", "engine.walk", "engine.schedule",
