@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ class Update:
     squares  the slot that holds the squares of gradients, where ε alone keeps their root from 0
     start    start(param, hyper) -> the slots before the first update, if the optimizer makes them in its
              constructor
+    rounds   whether the rule rounds on its way, and what is differentiated is the rule without that
     """
 
     told: str
@@ -41,6 +42,7 @@ class Update:
     divides: bool = False
     squares: str | None = None
     start: Callable[..., Slots] | None = None
+    rounds: bool = False
 
     @property
     def adjoint(self) -> Callable[..., Pull]:
@@ -59,7 +61,7 @@ UPDATES: dict[type, Update] = {
     torch.optim.NAdam: Update("NAdam", nadam, divides=True, squares="exp_avg_sq"),
     torch.optim.RAdam: Update("RAdam", radam, divides=True, squares="exp_avg_sq"),
     torch.optim.Adafactor: Update("Adafactor", adafactor, divides=True),
-    torch.optim.Muon: Update("Muon", muon, divides=True),
+    torch.optim.Muon: Update("Muon", muon, divides=True, rounds=True),
 }
 
 REFUSED = {
@@ -125,6 +127,13 @@ def read(optimizer: Optimizers, model: nn.Module) -> tuple[tuple[Update, ...], d
 def named(updates: Sequence[Update]) -> str:
     """The names of a run's rules: "adam", or "muon + adam"."""
     return " + ".join(dict.fromkeys(update.rule.__name__ for update in updates))
+
+
+def unrounded(updates: Sequence[Update], group_of: Mapping[str, int]) -> tuple[int, int] | None:
+    """Of how many of a run's parameters the update is differentiated without its rounding, and how many there
+    are; None where of none."""
+    some = sum(updates[group].rounds for group in group_of.values())
+    return (some, len(group_of)) if some else None
 
 
 def _update_of(optimizer: torch.optim.Optimizer) -> Update:
