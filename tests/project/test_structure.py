@@ -38,7 +38,7 @@ ORDER = [
     "subsets", "points", "saved", "attribution",
     "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs", "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
-    "evidence.estimates", "evidence.trak", "evidence.ekfac", "evidence.baselines",
+    "evidence.estimates", "evidence.classes", "evidence.trak", "evidence.ekfac", "evidence.baselines",
     "evidence.explorer_widgets", "evidence.explorer",
     "text.losses", "text.packing", "text.loading", "text.passages",
 ]  # fmt: skip
