@@ -167,7 +167,7 @@ class Health(Table):
         return [
             f"by the scores, leaving out {LEFT_OUT:.0%} of the data at random (or one example) would move "
             f"{len(self.rough)} of {len(self.moves)} outputs by more than their own size, output {worst} by "
-            f"{self.moves[worst]:.2g} times it; {ROUGH}"
+            f"{self.moves[worst]:.3g} times it; {ROUGH}"
         ]
 
     @property

@@ -38,8 +38,8 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def language_run(vocabulary: int, train: torch.Tensor, batch: int, root: float, dropout: float, seed=0):
-    """Chapter 13's recipe at this batch size; `seed` is that of the masks."""
+def language_run(vocabulary: int, train: torch.Tensor, batch: int, root: float, dropout: float, **options):
+    """Chapter 13's recipe at this batch size; `options` go to the Run: seed=, of the masks, or clip=."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
@@ -52,7 +52,8 @@ def language_run(vocabulary: int, train: torch.Tensor, batch: int, root: float, 
     epochs = math.ceil(SEEN / (PASSAGES // batch * batch))
     batches = magic.batches(PASSAGES, size=batch, epochs=epochs, seed=0)[: SEEN // batch]
     scheduler = models.triangle(optimizer, len(batches))
-    return magic.Run(model, optimizer, (train,), text.loss(), batches, scheduler, clip=1.0, seed=seed)
+    options = {"clip": 1.0} | options
+    return magic.Run(model, optimizer, (train,), text.loss(), batches, scheduler, **options)
 
 
 def sayings(words: list[str]):
