@@ -39,11 +39,13 @@ COLUMNS = [
 
 
 def language_run(vocabulary: int, train: torch.Tensor, batch: int, root: float, dropout: float, **options):
-    """Chapter 13's recipe at this batch size; `options` go to the Run: seed=, of the masks, or clip=."""
+    """Chapter 13's recipe at this batch size; `options` go to the Run: seed=, of the masks, or clip=. With
+    tied=False the head has a weight of its own."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=options.pop("tied", True),
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     rate = 8e-3 * math.sqrt(batch / 40)
