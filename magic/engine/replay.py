@@ -25,13 +25,12 @@ from ..identity import fingerprints
 from ..show import bar
 from ..training import determinism
 from ..training.finite import checked
-from ..training.optim import unrounded
 from ..training.record import Passed, ReplayMismatch, checksums
 from ..training.run import Run
 from ..training.state import Cotangent, State
 from . import health
 from .adjoint import Traced, measure_vjp, trace, traced_vjp
-from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness
+from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness, health_seen
 from .measure_witness import check_measure
 from .measuring import measured_outputs
 from .places import Host
@@ -209,18 +208,7 @@ class _Sweeps:
             while found.rows.start < self.plan.targets:
                 self.make_one()
         assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
-        sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
-        clipped = None if run.clip is None else len(found.clipped)
-        moves, without = (
-            health.moved(found.values, found.outputs, start),
-            unrounded(run.updates, run.group_of),
-        )
-        seen = health.Health(
-            *(run.steps, sizes, passed.verified, found.witnessed),
-            clipped=clipped,
-            moves=moves,
-            unrounded=without,
-        )
+        seen = health_seen(run, found, passed.verified, start)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
         return Replay(found.values, found.outputs, self.plan, seen, *peaks)
 

@@ -95,9 +95,10 @@ def _linear(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, layer in module.named_children():
             if (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-                weight: Any = layer.weight
-                linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
-                linear.weight, linear.bias = nn.Parameter(weight.detach().T.contiguous()), layer.bias
+                conv: Any = layer
+                inputs, outputs = conv.weight.shape
+                linear = nn.Linear(inputs, outputs, device=conv.weight.device, dtype=conv.weight.dtype)
+                linear.weight, linear.bias = nn.Parameter(conv.weight.detach().T.contiguous()), conv.bias
                 setattr(module, name, linear)
     return model
 
