@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import workers
-from .engine.health import Health
 from .engine.planning import Plan
 from .engine.replay import Replay, metagradient
 from .engine.resume import Trusted
@@ -124,6 +123,7 @@ def _whole(parts: list[Replay], planned: Plan) -> Replay:
             known = witnessed.get(t, 0.0)
             witnessed[t] = None if far is None or known is None else max(far, known)
     first, verified = healths[0], sum(health.verified for health in healths)
-    health = Health(first.steps, sizes, verified, witnessed, clipped=first.clipped)
+    moves = tuple(far for health in healths for far in health.moves)
+    health = replace(first, sizes=sizes, verified=verified, witnessed=witnessed, moves=moves)
     values = torch.cat([part.values for part in parts])
     return Replay(values, torch.cat([part.outputs for part in parts]), planned, health)

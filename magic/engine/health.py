@@ -4,6 +4,8 @@ The derivative is exact wherever the replay did not stop. Whether it predicts is
 the size of the cotangent along the run gives a first answer: where ∂φ/∂params grows or shrinks by many
 powers of ten between the end of training and its start, examples of some steps count as nothing beside
 those of others, a small change at one step is amplified at every later one, and float32 carries little.
+The size of the scores gives a second: where they would have an output moved by more than its own size when
+a hundredth of the data is left out, they are slopes of a function that turns long before that.
 """
 
 from __future__ import annotations
@@ -22,11 +24,22 @@ DECADES = (
     6.0  # powers of ten that a cotangent may range over without a warning; float32 carries about seven digits
 )
 SMALL = 0.05  # the share of the data that a tangent should at least be able to rank removals of
+LEFT_OUT = 0.01  # the share of the data whose random removal the sizes of scores are judged by
+TOO_FAR = 1.0  # how far that may move an output, in its own size
 SURE = 0.1  # a finite difference is sharp enough to judge by if its doubt is a tenth of the slope, or less
 SAMPLES = 64  # steps of a run at which the cotangent's size is measured, at most
 GROWS = (
     "growing on the way back: a small change at an early step is amplified at every later one, and the "
     "prediction is likely to fail. A lower or warmed-up rate, larger batches or a smoother network help"
+)
+ROUGH = (
+    "no training does that: they are slopes of a function that wriggles, and predict no such removal. "
+    "Measure it with magic.smoothness; a lower or warmed-up rate, larger initial weights, larger batches or "
+    "eps_root make a training smoother"
+)
+UNROUNDED = (
+    "of {} of {} parameters, whose steps Muon computes in bfloat16: they are off by 1 to 2 %, by 4 to 20 % "
+    "for an ill-conditioned matrix"
 )
 SHRINKS = (
     "shrinking on the way back: the training forgets its first steps, so examples seen only there count as "
@@ -47,6 +60,10 @@ class Health(Table):
                it; None where none was steady. The measure's is under the key T
     clipped    at how many steps gradients were clipped; None for a run without clipping. Where removing
                examples would turn it on or off at a step, that step has a kink in between
+    moves      (K,): how far leaving out a hundredth of the data at random moves each output by the scores, a
+               standard deviation in the output's own size; see `moved`. Empty in older files
+    unrounded  (some, all): of how many trained parameters the derivative is that of the update without a
+               rounding that training has; None where of none
     """
 
     steps: int
@@ -56,6 +73,8 @@ class Health(Table):
     trusted: float | None = None
     sized: float | None = None
     clipped: int | None = None
+    moves: tuple[float, ...] = ()
+    unrounded: tuple[int, int] | None = None
 
     def note(self) -> dict:
         """What JSON can keep of it; `of` reads it."""
@@ -70,7 +89,10 @@ class Health(Table):
         trusted, sized = (None if share is None else float(share) for share in shares)
         clipped = note.get("clipped")
         clipped = None if clipped is None else int(clipped)
-        return cls(int(note["steps"]), sizes, int(note["verified"]), witnessed, trusted, sized, clipped)
+        moves, unrounded = tuple(map(float, note.get("moves", ()))), note.get("unrounded")
+        unrounded = None if unrounded is None else (int(unrounded[0]), int(unrounded[1]))
+        steps, verified = int(note["steps"]), int(note["verified"])
+        return cls(steps, sizes, verified, witnessed, trusted, sized, clipped, moves, unrounded)
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -84,9 +106,14 @@ class Health(Table):
         return [k for k, d in enumerate(self.decades) if d > DECADES]
 
     @property
+    def rough(self) -> list[int]:
+        """The targets that the scores would have moved by more than their own size."""
+        return [k for k, far in enumerate(self.moves) if not far <= TOO_FAR]
+
+    @property
     def problems(self) -> list[str]:
         """What speaks against these scores, in sentences; empty if nothing does."""
-        found = self._ranges
+        found = self._ranges + self._moved
         unsteady = [t for t, difference in self.witnessed.items() if difference is None]
         if unsteady:
             found.append(f"no finite difference could check {', '.join(map(self._where, unsteady))}")
@@ -105,9 +132,10 @@ class Health(Table):
         return True if self.verified or any(d is not None for d in self.witnessed.values()) else None
 
     def warn(self) -> None:
-        """Warn of a cotangent that ranges over many decades; what could not be checked has been warned of."""
-        if self.wide:
-            warnings.warn("; ".join(self._ranges), stacklevel=4)
+        """Warn of a cotangent that ranges over many decades, and of scores that are too large; what could not
+        be checked has been warned of."""
+        if found := self._ranges + self._moved:
+            warnings.warn("; ".join(found), stacklevel=4)
 
     def plot(self, targets: int | Sequence[int] | None = None, ax=None):
         """Size of the cotangent along the run, a line for each target; returns the axes. Needs seaborn."""
@@ -129,6 +157,18 @@ class Health(Table):
                     f"{wide} along the run, {meaning}"
                 )
         return found
+
+    @property
+    def _moved(self) -> list[str]:
+        """What it means that scores are too large."""
+        if not self.rough:
+            return []
+        worst = max(self.rough, key=lambda k: self.moves[k])
+        return [
+            f"by the scores, leaving out {LEFT_OUT:.0%} of the data at random (or one example) would move "
+            f"{len(self.rough)} of {len(self.moves)} outputs by more than their own size, output {worst} by "
+            f"{self.moves[worst]:.3g} times it; {ROUGH}"
+        ]
 
     @property
     def _reach(self) -> list[tuple[str, str]]:
@@ -171,9 +211,30 @@ class Health(Table):
                 if self.clipped is not None
                 else []
             ),
+            *([("derivative unrounded", UNROUNDED.format(*self.unrounded))] if self.unrounded else []),
             *self._reach,
             ("problems", "; ".join(self.problems) or "none seen"),
         ]
+
+
+def moved(values: Tensor, outputs: Tensor, start: Tensor) -> tuple[float, ...]:
+    """(K,): how far leaving out a hundredth of the data at random would move each output, in its own size.
+
+    values   (K, n) or (K, n, L): the scores
+    outputs  (K,): of the trained model
+    start    (K,): of the untrained one
+
+    How far is a standard deviation: of the sum of m = n/100 scores (one, at least) drawn without replacement,
+    √(m (1 − m/n)) times the scores' own. An output's size is the larger of what it is before and after
+    training or, where it happens to be small in both, the median of the outputs' sizes.
+    """
+    scores = values.detach().double().flatten(2).sum(2) if values.dim() == 3 else values.detach().double()
+    n = scores.shape[1]
+    m = max(1, round(LEFT_OUT * n))
+    deviation = math.sqrt(m * (1 - m / n)) * scores.std(1, correction=0)
+    size = torch.stack([outputs, start]).detach().double().abs().nan_to_num(0, 0, 0).amax(0)
+    size = size.maximum(size.median())
+    return tuple(torch.where(deviation > 0, deviation / size, deviation).tolist())
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.escapes import FUNCTION
 from ..training.finite import NonFinite
+from ..training.optim import unrounded
 from ..training.record import Passed
 from ..training.run import Run
 from ..training.state import Cotangent, State
@@ -190,4 +191,18 @@ def check_finite(scores: Tensor, cotangent: Cotangent, t: int) -> None:
     raise NonFinite(
         f"the derivative became infinite or NaN at step {t}, first in {name!r}: the training is "
         "chaotic there. Lower the learning rate, or warm it up"
+    )
+
+
+def health_seen(run: Run, found: Progress, verified: int, start: Tensor) -> health.Health:
+    """The health of a finished replay. `verified` states were compared; `start` is the untrained model's."""
+    assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
+    return health.Health(
+        run.steps,
+        tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True)),
+        verified,
+        found.witnessed,
+        clipped=None if run.clip is None else len(found.clipped),
+        moves=health.moved(found.values, found.outputs, start),
+        unrounded=unrounded(run.updates, run.group_of),
     )

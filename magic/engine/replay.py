@@ -32,7 +32,7 @@ from . import health
 from .adjoint import measure_vjp, traced_vjp
 from .asked import WEIGHTS, Asked
 from .finders import finders
-from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness
+from .listeners import Bar, Clipped, Listener, Notes, Scores, Several, Sizes, Witness, health_seen
 from .measure_witness import check_measure
 from .measuring import measured_outputs
 from .places import Host
@@ -185,11 +185,11 @@ def metagradient(
     if folder is None:
         if 2 in planned.tier_of:
             raise ValueError("the plan keeps states on disk: pass disk=, a folder for them")
-        return _Sweeps(training, measure, planned).make_all(progress)
+        return _Sweeps(training, measure, planned).make_all(progress, start)
     what = f"a replay of {len(start)} targets, {fingerprints.fingerprint(start)} at the start{asked}"
     with Directory.open(folder.path, run, weights, what, measure, folder.trust) as opened:
         made = opened.choices({"group": planned.group, "chunk": planned.chunk})
-        return _Sweeps(training, measure, planned.regrouped(**made), opened).make_all(progress)
+        return _Sweeps(training, measure, planned.regrouped(**made), opened).make_all(progress, start)
 
 
 class _Sweeps:
@@ -219,8 +219,8 @@ class _Sweeps:
         """The targets that go back together, from this one on."""
         return slice(start, min(start + self.plan.group, self.plan.targets))
 
-    def make_all(self, progress: bool) -> Replay:
-        """Every sweep that is still to be made."""
+    def make_all(self, progress: bool, start: Tensor) -> Replay:
+        """Every sweep that is still to be made; `start` is what the untrained model measures."""
         run, found, passed = self.run, self.found, self.training.passed
         sweeps = -(-(self.plan.targets - found.rows.start) // self.plan.group)
         work = (2 * run.steps + self.plan.extra) * sweeps
@@ -229,9 +229,7 @@ class _Sweeps:
             while found.rows.start < self.plan.targets:
                 self.make_one()
         assert found.values is not None and found.outputs is not None, "every sweep measures its outputs"
-        sizes = tuple((t, tuple(row)) for t, row in sorted(found.sizes.items(), reverse=True))
-        clipped = None if run.clip is None else len(found.clipped)
-        seen = health.Health(run.steps, sizes, passed.verified, found.witnessed, clipped=clipped)
+        seen = health_seen(run, found, passed.verified, start)
         peaks = tuple(self.peak_states), tuple(self.peak_bytes)
         return Replay(found.values, found.outputs, self.plan, seen, *peaks, more=found.more)
 

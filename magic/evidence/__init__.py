@@ -11,6 +11,7 @@ optimality     how far the prediction is from the best linear one
 curvature      how far the tangent reaches
 smoothness     how smooth a run is in its weights
 estimates      what the baselines share
+classes        losses that are cross-entropies: of a label, or of every next token
 trak, ekfac    two baselines by the libraries of their authors
 baselines      these and gradient similarity and TracIn, for comparison
 explorer, explorer_widgets    who helped and harmed, in a notebook: pick, remove, train, compare

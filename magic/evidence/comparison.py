@@ -23,7 +23,7 @@ from .bank import Bank
 from .outputs import outputs
 
 RESAMPLES = 1000  # of the bootstrap
-NUMBERS = 1_000_000  # that are resampled at once, which is quicker than one resample after the other
+NUMBERS = 1_000_000  # that are resampled at once, which is quicker than one by one
 QUANTILES = (0.025, 0.975)  # what 95 % lies between
 
 
@@ -112,12 +112,8 @@ class Comparison(Table):
         """The mean of a statistic over targets, with its bootstrap interval."""
         predicted, true = self._columns
         mean = float(np.mean(statistic(predicted, true)))
-        count, targets = true.shape
-        dice = np.random.default_rng(self.seed)
-        draws = [
-            (dice.integers(count, size=count), dice.integers(targets, size=targets)) for _ in range(RESAMPLES)
-        ]
-        found = []
+        dice, found = np.random.default_rng(self.seed), []
+        draws = [[dice.integers(size, size=size) for size in true.shape] for _ in range(RESAMPLES)]
         at_once = max(1, NUMBERS // true.size)
         for i in range(0, RESAMPLES, at_once):
             rows, columns = map(np.stack, zip(*draws[i : i + at_once], strict=True))

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,7 +17,8 @@ from ..show import needs
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
-from .estimates import Tensors, checked, estimate, no_classification, quietly
+from .classes import Classes, classes_of
+from .estimates import Tensors, checked, estimate, quietly
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 
@@ -31,9 +31,10 @@ def ekfac(
         values[k, i] = −g_k · (G + λ)⁻¹ g_i / n
 
     G is the mean over the training examples of the Fisher matrix, a block for each layer: for a
-    classification with cross-entropy the true Fisher, each example's label drawn from the model's
-    softmax (by the run's seed), for any other loss the empirical one, with the given targets. Only layers
-    of class nn.Linear and nn.Conv2d are covered; all other parameters are treated as constant.
+    classification with cross-entropy and for a causal language model, whose classes are the next tokens
+    (`magic.text.loss`), the true Fisher, each label drawn from the model's softmax (by the run's seed), for
+    any other loss the empirical one, with the given targets. Only layers of class nn.Linear, nn.Conv2d and
+    transformers' Conv1D are covered; all other parameters, such as embeddings, are treated as constant.
 
     damping   λ; None for kronfluence's heuristic, 0.1 of the mean eigenvalue of each layer's block
     strategy  "ekfac", "kfac", "diagonal", or "identity", where G + λ is 1
@@ -44,14 +45,14 @@ def ekfac(
     test, (state,) = checked(run, test, [state], batch_size)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    layers = _layers(run, state, test)
-    empirical, train = no_classification(run, test, state) is not None, TensorDataset(*run.data)
+    layers, classes = _layers(run, state, test), classes_of(run, test, state)
+    empirical, train = isinstance(classes, str), TensorDataset(*run.data)
     with quietly() as folder, determinism.alone(run.seed):
         library, arguments = (
             needs(f"kronfluence.{part}", "baselines", "EK-FAC needs") for part in ("analyzer", "arguments")
         )
-        task = _task(run, layers)
-        model = library.prepare_model(run.model(state), task)
+        task = _task(run, layers, classes)
+        model = library.prepare_model(_linear(run.model(state)), task)
         on_cpu = run.device.type == "cpu"
         analyzer = library.Analyzer("run", model, task, on_cpu, disable_tqdm=True, output_dir=folder)
         kinds = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
@@ -69,7 +70,7 @@ def ekfac(
 
 def _layers(run: Run, state: State, test: Tensors) -> list[str]:
     """Names of the trained layers that kronfluence covers; ValueError if the loss calls one of them twice."""
-    model = run.model(state)
+    model = _linear(run.model(state))
     calls: Counter[nn.Module] = Counter()
     trained = {id(p) for name, p in model.named_parameters() if name in state.params}
     count = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.update([module]))
@@ -89,17 +90,37 @@ def _layers(run: Run, state: State, test: Tensors) -> list[str]:
     return list(layers)
 
 
-def _task(run: Run, layers: list[str]):
-    """The run's loss as kronfluence's Task; `sample` is only asked of a classification."""
+def _linear(model: nn.Module) -> nn.Module:
+    """The model with nn.Linear in place of each Conv1D of transformers, which is that with W transposed."""
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+                conv: Any = layer
+                inputs, outputs = conv.weight.shape
+                linear = nn.Linear(inputs, outputs, device=conv.weight.device, dtype=conv.weight.dtype)
+                linear.weight, linear.bias = nn.Parameter(conv.weight.detach().T.contiguous()), conv.bias
+                setattr(module, name, linear)
+    return model
+
+
+def _task(run: Run, layers: list[str], classes: Classes | str):
+    """The run's loss as kronfluence's Task.
+
+    `sample` is only asked where there are classes. Of a loss Σ_l c_l CE_l the Fisher matrix is Σ_l c_l F_l,
+    where F_l is the mean of g gᵀ over gradients g of CE_l with drawn labels. The labels of several tokens are
+    drawn independently, so gradients of Σ_l √c_l CE_l have that mean.
+    """
     Task: Any = needs("kronfluence.task", "baselines", "EK-FAC needs").Task
 
     class Losses(Task):
         def compute_train_loss(self, batch, model, sample=False):
             if not sample:
                 return run.loss(model, *batch).sum()
-            logits = model(batch[0])
-            labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
-            return F.cross_entropy(logits, labels, reduction="sum")
+            assert isinstance(classes, Classes)
+            logits, given = classes.logits(model, *batch), classes.labels(*batch)
+            drawn = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1).view(given.shape)
+            losses = classes.cross_entropy(logits, drawn)
+            return (classes.shares(given).to(losses).sqrt() * losses).sum()
 
         def compute_measurement(self, batch, model):
             return run.loss(model, *batch).sum()

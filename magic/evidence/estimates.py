@@ -10,12 +10,10 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attribution import Attribution
 from ..engine.measuring import measured_outputs
-from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
 
@@ -72,23 +70,6 @@ def in_batches(run: Run, examples: Tensors, size: int) -> Iterator[Tensors]:
     """The examples, at most `size` at a time, on the run's device."""
     for batch in zip(*(x.split(size) for x in examples), strict=True):
         yield tuple(x.to(run.device) for x in batch)
-
-
-def no_classification(run: Run, test: Tensors, state: State) -> str | None:
-    """Why this is not a classification with cross-entropy; None if it is one."""
-    if len(test) != 2:
-        return f"the data are {len(test)} tensors"
-    x, y = test
-    if y.dim() != 1 or {y.dtype, run.data[1].dtype} != {torch.int64}:
-        return f"data[1] is {run.data[1].dtype} and test[1] {y.dtype}, {y.dim() - 1} axes for each example"
-    with torch.no_grad(), determinism.alone():
-        model = run.model(state)
-        losses = run.loss(model, x, y)
-        try:
-            same = torch.allclose(F.cross_entropy(model(x), y, reduction="none"), losses, 1e-3, 1e-5)
-        except Exception as error:
-            return f"the cross-entropy of model(images) raises {type(error).__name__}: {error}"
-    return None if same else "the loss is not the cross-entropy of model(images)"
 
 
 @contextlib.contextmanager

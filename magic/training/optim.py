@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ class Update:
              constructor
     elementwise  whether each entry of a parameter is updated by itself
     slopes   how the rule moves with its hyper-parameters, where that is known
+    rounds   whether the rule rounds on its way, and what is differentiated is the rule without that
     """
 
     told: str
@@ -46,6 +47,7 @@ class Update:
     start: Callable[..., Slots] | None = None
     slopes: Callable[..., Slopes] | None = None
     elementwise: bool = True
+    rounds: bool = False
 
     @property
     def adjoint(self) -> Callable[..., Pull]:
@@ -64,7 +66,7 @@ UPDATES: dict[type, Update] = {
     torch.optim.NAdam: Update("NAdam", nadam, divides=True, squares="exp_avg_sq"),
     torch.optim.RAdam: Update("RAdam", radam, divides=True, squares="exp_avg_sq"),
     torch.optim.Adafactor: Update("Adafactor", adafactor, divides=True, elementwise=False),
-    torch.optim.Muon: Update("Muon", muon, divides=True, elementwise=False),
+    torch.optim.Muon: Update("Muon", muon, divides=True, elementwise=False, rounds=True),
 }
 
 REFUSED = {
@@ -130,6 +132,13 @@ def read(optimizer: Optimizers, model: nn.Module) -> tuple[tuple[Update, ...], d
 def named(updates: Sequence[Update]) -> str:
     """The names of a run's rules: "adam", or "muon + adam"."""
     return " + ".join(dict.fromkeys(update.rule.__name__ for update in updates))
+
+
+def unrounded(updates: Sequence[Update], group_of: Mapping[str, int]) -> tuple[int, int] | None:
+    """Of how many of a run's parameters the update is differentiated without its rounding, and how many there
+    are; None where of none."""
+    some = sum(updates[group].rounds for group in group_of.values())
+    return (some, len(group_of)) if some else None
 
 
 def _update_of(optimizer: torch.optim.Optimizer) -> Update:

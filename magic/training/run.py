@@ -149,7 +149,7 @@ class Run:
         return model.eval()
 
     def weights(self, weights=None, *, allow_negative: bool = False) -> Tensor:
-        """Data weights as a checked tensor of the run's `shape` on its device. None is 1; a number fills it."""
+        """Data weights as a checked tensor of the run's `shape`, on its device; None is 1, a number all."""
         return examples.checked_weights(self, weights, allow_negative)
 
     @determinism.in_turn

@@ -1,6 +1,7 @@
 """Trust, then verify: whatever makes a replay another run than the training is caught, by name."""
 
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import magic
 from magic import schedule
+from magic.engine import health as health_of
 from magic.engine import store
 from magic.engine.replay import metagradient
 from magic.training import record
@@ -186,6 +188,45 @@ def test_health_of_a_good_run():
     assert set(health.witnessed) == {5, 10, 15, 16} and max(health.witnessed.values()) < 1e-3
     assert all(0 < d < 3 for d in health.decades)
     assert "none seen" in repr(health) and "<table>" in health._repr_html_()
+
+
+def test_moves_are_what_random_removals_do():
+    dice = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 300, 2, generator=dice).double() + 0.5
+    start, outputs = torch.tensor([3.0, 1.0, float("inf")]), torch.tensor([-4.0, 0.0, 1e-9]).double()
+    sets = [torch.randperm(300, generator=dice)[:3] for _ in range(4000)]
+    effects = torch.stack([values[:, chosen].sum((1, 2)) for chosen in sets])
+    expected = effects.std(0) / torch.tensor([4.0, 1.0, 1.0])  # the third has the median of the sizes
+    found = torch.tensor(health_of.moved(values, outputs, start.double()))
+    torch.testing.assert_close(found, expected.float(), rtol=0.05, atol=0)
+    one = health_of.moved(values[:, :7, 0], outputs, start.double())  # 1 % of seven examples is one
+    alone = values[:, :7, 0].std(1, correction=0) * (6 / 7) ** 0.5 / torch.tensor([4.0, 1.0, 1.0])
+    torch.testing.assert_close(torch.tensor(one), alone.float())
+    assert health_of.moved(torch.zeros(2, 5), torch.zeros(2), torch.zeros(2)) == (0.0, 0.0)
+
+
+def tanh_network(rate):
+    """A run of ten steps, and what is measured of it: at a rate of 1 it is rough."""
+    torch.manual_seed(0)
+    pairs = [(torch.nn.Linear(i, o), torch.nn.Tanh()) for i, o in pairwise((8, 16, 16, 3))]
+    model = torch.nn.Sequential(*[part for pair in pairs for part in pair][:-1]).double()
+    optimizer, data = torch.optim.SGD(model.parameters(), rate, momentum=0.9), cases.data()
+    run = magic.Run(model, optimizer, data, cases.loss, magic.batches(len(data[0]), 4, 1))
+    return run, cases.measure_on(*data)
+
+
+def test_scores_that_would_move_an_output_by_more_than_its_size_warn(tmp_path):
+    """Here the cotangent tells nothing: it ranges over little more than one power of ten."""
+    with pytest.warns(UserWarning, match="more than their own size, output 0 by 3.2 times it; no training"):
+        rough = magic.attribute(*tanh_network(1.0), progress=False)
+    assert max(rough.health.decades) < 2 and rough.health.rough == [0] and rough.health.ok is False
+    assert "would move 1 of 3 outputs" in repr(rough.health)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smooth = magic.attribute(*tanh_network(0.1), progress=False)
+    assert smooth.health.ok and 0 < min(smooth.health.moves) < max(smooth.health.moves) < 0.1
+    rough.save(tmp_path / "rough.npz")
+    assert magic.Attribution.load(tmp_path / "rough.npz").health == rough.health
 
 
 def test_the_sizes_are_the_cotangents():

@@ -14,6 +14,8 @@ from torch import nn
 import magic
 from magic import baselines
 from magic.book import data, models
+from magic.evidence import ekfac
+from magic.evidence.classes import Classes, classes_of
 from tests.support import cases
 
 
@@ -374,3 +376,134 @@ def test_bad_input():
     run = magic.Run(model, cases.sgd()(model), dataset, cases.loss, cases.order())
     with pytest.raises(TypeError, match="is a TensorDataset; baselines take tensors"):
         baselines.gradient_similarity(run, (x, y), run.initial)
+
+
+def language(per_token=True, kind="mean", labelled=False):
+    """A small GPT-2 and its run over 24 sequences of 7 tokens, and a test with a target in each sequence."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, initializer_range=0.3,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).double()
+    tokens = torch.randint(11, (24, 7), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[:, 3] = -100
+    data, loss = (tokens, labels) if labelled else (tokens,), magic.text.loss(kind, per_token=per_token)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    run = magic.Run(model, optimizer, data, loss, magic.batches(24, 8, 4))
+    asked = labels[:4].clone()
+    asked[:, :5] = -100
+    return run, (tokens[:4], asked) if labelled else (tokens[:4],)
+
+
+def by_hand(run, state, batch, of, names):
+    """(B, ...): gradients of each example's number of(log p of its targets, mask), one by one."""
+    rows = []
+    for example in zip(*batch, strict=True):
+        model = run.model(state)
+        named, labels = dict(model.named_parameters()), example[-1][1:]
+        logits = model(example[0][None, :-1]).logits[0][labels != -100]
+        p = logits.softmax(-1).gather(1, labels[labels != -100][:, None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(of(p), [named[k] for k in names])]))
+    return torch.stack(rows)
+
+
+@needs("kronfluence")
+@pytest.mark.parametrize(("labelled", "kind"), [(False, "sum"), (True, "mean")])
+def test_ekfac_of_a_language_model(labelled, kind):
+    """Its Conv1D layers are covered, with those of class nn.Linear; embeddings and norms are not."""
+    run, test = language(kind=kind, labelled=labelled)
+    state = run.train(progress=False)
+    names = [k for k in state.params if "attn.c_" in k or "mlp.c_" in k]
+    assert len(names) == 8
+    ours, theirs = (
+        by_hand(run, state, x, lambda p: -p.log().mean() if kind == "mean" else -p.log().sum(), names)
+        for x in (test, run.data)
+    )
+    head = dict(run.model(state).named_modules())["lm_head"]
+    assert head.weight.shape == (11, 8)
+
+    def head_gradients(batch):
+        """Of the head's own use of its weight, which is that of the embedding, too."""
+        rows = []
+        for example in zip(*batch, strict=True):
+            model, labels = run.model(state), example[-1][1:]
+            hidden = model.transformer(example[0][None, :-1]).last_hidden_state[0].detach()
+            weight = model.lm_head.weight.detach().clone().requires_grad_()
+            each = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction=kind)
+            rows.append(torch.autograd.grad(each, weight)[0].flatten())
+        return torch.stack(rows)
+
+    expected = -(ours @ theirs.T + head_gradients(test) @ head_gradients(run.data).T) / run.n
+    scores = baselines.ekfac(run, test, state, strategy="identity", batch_size=5)
+    torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(
+        scores.values, baselines.ekfac(run, test, state, strategy="identity", batch_size=5).values
+    )
+    curved = baselines.ekfac(run, test, state)
+    assert curved.values.isfinite().all() and agreement(curved, scores) < 0.999
+
+
+@needs("kronfluence")
+@pytest.mark.parametrize("kind", ["mean", "sum"])
+def test_the_fisher_matrix_of_tokens_is_the_true_one(kind):
+    """The mean of g gᵀ over draws is Σ c_l F_l: of the head, whose logits are linear in its weight."""
+    run, _ = language(kind=kind)
+    classes = classes_of(run, run.data, run.initial)
+    assert classes == Classes(tokens=True, mean=kind == "mean")
+    task, model, one = ekfac._task(run, ["lm_head"], classes), run.model(run.initial), run.data[0][:1]
+    hidden = model.transformer(one[:, :-1]).last_hidden_state[0].detach()
+    head, draws = model.lm_head.weight.detach(), 20_000
+    weights = head.expand(draws, 11, 8).clone().requires_grad_()  # a head for each draw
+
+    def heads(tokens):
+        return torch.einsum("lh,bvh->blv", hidden, weights)
+
+    p = (hidden @ head.T).softmax(-1)
+    fisher = sum(
+        torch.kron(q.diag() - q[:, None] * q, h[:, None] * h) for q, h in zip(p, hidden, strict=True)
+    )
+    fisher = fisher / len(p) if kind == "mean" else fisher
+    torch.manual_seed(0)
+    loss = task.compute_train_loss((one.expand(draws, 7),), heads, sample=True)
+    g = torch.autograd.grad(loss, weights)[0].flatten(1)
+    assert (g.T @ g / draws - fisher).norm() < 0.05 * fisher.norm()
+
+
+@needs("trak")
+@pytest.mark.parametrize("labelled", [False, True])
+def test_trak_of_a_language_model(labelled):
+    """The formula of the paper, the margin of a sequence the mean of its tokens'."""
+    from trak.projectors import BasicProjector, ProjectionType
+
+    run, test = language(labelled=labelled)
+    state, names = run.train(progress=False), list(run.initial.params)
+    count = sum(x.numel() for x in state.params.values())
+    projector = BasicProjector(count, 5, 3, ProjectionType.normal, "cpu", model_id=0)
+    rows = [by_hand(run, state, x, lambda p: (p / (1 - p)).log().mean(), names) for x in (run.data, test)]
+    train, of_test = (projector.project(row.float(), 0).double() for row in rows)
+
+    def wrong(batch):
+        logits, labels = run.model(state)(batch[0][:, :-1]).logits, batch[-1][:, 1:]
+        p = logits.softmax(-1).gather(2, labels.clamp_min(0)[..., None])[..., 0]
+        return ((1 - p) * (labels != -100)).sum(1) / (labels != -100).sum(1)
+
+    expected = of_test @ torch.linalg.inv(train.T @ train) @ train.T * wrong(run.data) * -wrong(test)[:, None]
+    scores = baselines.trak(run, test, [state], dim=5, seed=3, batch_size=7)
+    assert (scores.values - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_what_is_no_language_model_is_refused():
+    run, test = language()
+
+    def focal(model, tokens):
+        return magic.text.loss("sum")(model, tokens).square()
+
+    model = run.model(run.initial)
+    other = magic.Run(model, torch.optim.AdamW(model.parameters()), run.data, focal, run.batches)
+    with pytest.raises(
+        ValueError, match="or tokens, and cross-entropy: the loss is not the cross-entropy of next"
+    ):
+        baselines.trak(other, test, run.initial)

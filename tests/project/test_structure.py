@@ -41,7 +41,7 @@ ORDER = [
     "evidence.together", "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs",
     "evidence.comparison",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
-    "evidence.estimates", "evidence.trak", "evidence.ekfac", "evidence.baselines",
+    "evidence.estimates", "evidence.classes", "evidence.trak", "evidence.ekfac", "evidence.baselines",
     "evidence.explorer_widgets", "evidence.explorer",
     "text.losses", "text.packing", "text.loading", "text.passages",
 ]  # fmt: skip
@@ -78,7 +78,7 @@ CORE = [
     "training.run", "engine.vjp", "engine.tracing", "engine.adjoint", "engine.actions", "engine.schedule",
     "engine.store", "engine.replay",
 ]  # fmt: skip
-CORE_LINES = 1060  # of code
+CORE_LINES = 1080  # of code
 # What a user may ask for is said argument by argument, since an editor shows it so; and what stands in the
 # place of a function of PyTorch's has its signature.
 MORE_PARAMETERS = {

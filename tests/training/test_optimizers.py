@@ -364,6 +364,24 @@ def test_muon_rounds_and_its_derivative_does_not(monkeypatch):
     assert seen.norm() > 0
 
 
+def test_health_says_that_muon_rounds():
+    """In a row, with the number of parameters; it is no reason to doubt, so no problem."""
+    said = {}
+    for kind in (torch.optim.Muon, torch.optim.AdamW):
+        model, pair = made(kind, {})
+        run = magic.Run(model, pair, cases.data(), cases.loss, ORDER)
+        said[kind] = magic.attribute(run, cases.measure_on(*run.data), progress=False).health
+    muons, all_of_them = said[torch.optim.Muon].unrounded
+    assert (muons, all_of_them) == (
+        sum(p.dim() == 2 for p in model.parameters()),
+        len(list(model.parameters())),
+    )
+    assert f"of {muons} of {all_of_them} parameters, whose steps Muon" in repr(said[torch.optim.Muon])
+    assert said[torch.optim.Muon].problems == [] and said[torch.optim.AdamW].unrounded is None
+    assert "unrounded" not in repr(said[torch.optim.AdamW])
+    assert magic.Health.of(said[torch.optim.Muon].note()) == said[torch.optim.Muon]
+
+
 def test_two_optimizers_are_two_groups_of_one():
     """Where both are of one kind, a list of two is what one with two groups is, to the identity."""
     model = cases.mlp().double()
