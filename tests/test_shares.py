@@ -7,7 +7,7 @@ import magic
 from tests.support import cases
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def made():
     run, *_ = cases.build("batchnorm-adamw")
     measure = cases.measure_on(*run.data, targets=5)
