@@ -150,7 +150,7 @@ def test_the_api_is_the_public_surface(pages):
         assert there in ids, name
     assert not page.select(".system-message, .problematic")
     terms = [dt.get_text() for dt in page.find(id="magic.attribute").parent.select(".arguments dt")]
-    assert terms == ["measure", "at", "progress", "memory", "plan", "disk", "trust"]
+    assert terms == ["measure", "at", "last", "jobs", "progress", "memory", "plan", "disk", "trust"]
 
 
 # What the configuration adds, without Sphinx.
