@@ -242,6 +242,7 @@ CALLS = {
     "workers.spread": lambda folder: in_two_processes(),
     "evidence.rows.frame": lambda folder: magic.evidence.bank.frame(folder / "bank"),
     "evidence.smoothness.survey": lambda folder: magic.smoothness.survey({}, None),
+    "evidence.trak._output": lambda folder: magic.evidence.trak._output(None, None),
     "evidence.trak._traker": lambda folder: estimated(magic.baselines.trak),
     "text.loading._place": in_a_wheel,
     "text.loading.pretrained": lambda folder: text.pretrained(str(folder)),
