@@ -95,6 +95,7 @@ def training(x, y, seed, rate=0.05, order=None):
     return magic.Run(model, optimizer, (x, y), loss, batches, scheduler=triangle)
 
 
+# %%
 def model_of(run, weights=None):
     return run.model(run.train(weights, progress=False)).eval()
 
@@ -114,7 +115,7 @@ def measure(model):
 
 
 better = run
-for _ in range(5):
+for _ in range(4):
     by = magic.metagradient(better, measure, of="start", progress=False).start.params
     start = better.initial.params
     steps = {k: 0.01 * start[k].norm() / by[k].norm() * by[k][0] for k in by}
@@ -124,12 +125,15 @@ for _ in range(5):
 reordered = training(x, y, seed=0, order=100)
 moved = magic.changed(reordered, start=better.initial)
 for name, part in (("clean images", clean), ("test images", test)):
-    claim(f"{name}: loss, over that before", mean_loss(better, part) / mean_loss(run, part), at_most=1)
+    ratio = mean_loss(better, part) / mean_loss(run, part)
+    claim(f"{name}: loss, over that before", ratio, at_most=0.95)
     ratio = mean_loss(moved, part) / mean_loss(reordered, part)
-    claim(f"{name}, another order: loss, over that before", ratio, at_most=1)
+    claim(f"{name}, another order: loss, over that before", ratio, at_most=0.95)
 
 # %% [markdown]
-# TODO start
+# The loss on the clean images falls most, since it was descended. The test loss falls, too, and as much with another order of the batches: what the start has learned is not about the order. It has learned something of the clean images.
+#
+# A start from which a short training leads to a good model is what *learning to learn* looks for: MAML (Finn et al. 2017, [arXiv 1703.03400](https://arxiv.org/abs/1703.03400)) descends one start for many tasks, through trainings of a few steps. Here it is one task, and the whole training.
 #
 # ## 14.5 · A defence
 #
@@ -147,10 +151,10 @@ def mean_on(part):
 every = magic.metagradient(run, mean_on(theirs), of="data", progress=False).data[0][0]
 chosen = every.flatten(1).abs().sum(1).topk(25).indices.tolist()
 low, high, poisoned = x.min(), x.max(), x.clone()
-for _ in range(6):
+for _ in range(4):
     other = magic.changed(run, data=(poisoned, None))
     found = magic.metagradient(other, mean_on(theirs), of="data", examples=chosen, progress=False)
-    step = (high - low).item() / 3
+    step = (high - low).item() / 2
     poisoned[chosen] = poison_step(
         poisoned[chosen], x[chosen], found.data[0][0], step, 99.0, low.item(), high.item()
     )
@@ -169,11 +173,13 @@ def right(run, weights=None):
         return (model_of(run, weights)(test[0]).argmax(1) == test[1]).double().mean()
 
 
-claim("poison among the 25 highest scores", is_poison[scores.topk(25).indices].sum(), at_least=0)
-claim("poison among the 25 largest losses", is_poison[losses.topk(25).indices].sum(), at_least=0)
-claim("accuracy before the attack", right(run), at_least=0)
-claim("accuracy with the poison", right(attacked), at_least=0)
-claim("accuracy without the 25 highest scores", right(attacked, kept), at_least=0)
+claim("poison among the 25 highest scores", is_poison[scores.topk(25).indices].sum(), at_least=9)
+claim("poison among the 25 largest losses", is_poison[losses.topk(25).indices].sum(), at_most=15)
+claim("accuracy before the attack", right(run), at_least=0.93)
+claim("accuracy with the poison", right(attacked), at_most=0.95)
+claim("accuracy without the 25 highest scores", right(attacked, kept), at_least=0.92)
 
 # %% [markdown]
-# TODO defence
+# The scores find more of the poison than the losses do, though by far not all of it, where chance would find less than one. Removing what is found does little for the accuracy, with 497 test images to see it by: one of them is a fifth of a percent. Some of what is removed is good data, and the poison that stays goes on.
+#
+# An attacker who knows of this defence adds it to what he climbs: he makes the loss rise, and the scores of his images, on clean images of his own, stay small. That is a derivative of a derivative, and dearer; and the defender's clean images are his secret.
