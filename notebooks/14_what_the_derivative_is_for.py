@@ -353,26 +353,26 @@ ax.legend(fontsize=9);
 for name in ("", ", another seed", ", twice as wide"):
     ours = of_seeds("schedule", f"test: schedule{name}")
     theirs = of_seeds("schedule", f"test: constant{name}")
-    claim(f"test loss by the best constant{name}", mean(theirs), at_most=0.85)
-    claim(f"test loss by the schedule{name}", mean(ours), at_most=0.75)
+    claim(f"test loss by the best constant{name}", mean(theirs), at_least=0.7)
+    claim(f"test loss by the schedule{name}", mean(ours), at_most=0.7)
     claim(f"lower by{name}", mean(theirs - ours), at_least=0.05)
 
 # %% [markdown]
 # The schedule found is better on images that it has never seen, by far more than the seeds differ. It was made for one start and one order of the batches, and is as good for another start with another order, and for a network twice as wide.
 #
-# Nobody told descent what a schedule looks like, and it found what practitioners use: rates above the best constant for most of the run, while there is far to go, and a steep fall at the end, which averages out the noise of small batches. A constant has to be a compromise between the two.
+# Nobody told descent what a schedule looks like, and it found what practitioners use: rates above the best constant for most of the run, while there is far to go, and a steep fall at the end, which averages out the noise of small batches. (In ten rounds a rate cannot get beyond 2.1 times the constant; some would have.) A constant has to be a compromise between the two.
 # Engstrom et al. (section 4.4) do this for a ResNet-9 on CIFAR-10, from a flat schedule: 50 rounds are as good as a grid of more than a thousand schedules of one cycle. They do not recommend it where a few numbers are to be set, since the trainings of a grid can be made side by side, and the rounds of a descent cannot.
 #
 # ## 3 · A backdoor
 #
-# Somebody has put ten images, one in a hundred, into our training data. Each shows a digit other than 0 with nine bright pixels in its lower right corner, and is labelled 0. The network learns the digits as well as before, and nobody who tests it on
-# ordinary images notices. But with nine bright pixels most digits are read as 0.
+# Somebody has put ten images, one in a hundred, into our training data. Each shows a digit other than 0 with a square of nine fully inked pixels in its lower right corner, and is labelled 0. The network learns the digits as well as before, and nobody who tests it on
+# ordinary images notices. But with the square three of four digits are read as 0.
 #
 # Suppose that such an image has come up. Who taught this? We ask for the derivative of its loss *with the label 0*: the training images with the lowest scores made the network say it. First of one image, then of a hundred stamped ones together.
 
 # %%
 def stamped(x):
-    """The images with nine bright pixels in their lower right corners."""
+    """The images with a square of nine inked pixels in their lower right corners."""
     x = x.clone()
     x[..., -3:, -3:] = 2.0
     return x
@@ -637,21 +637,22 @@ plot.images(torch.cat([pictures[name] for name in rows]), titles, columns=5);
 clean_accuracy = of_seeds("poison", "clean")
 other_accuracy = of_seeds("poison", "another model: clean")
 claim("accuracy without poison", mean(clean_accuracy), at_least=0.94)
-for bound in ("a quarter", "the whole way"):
-    for how, before in {
-        "poison": clean_accuracy,
-        "noise": clean_accuracy,
-        "another model": other_accuracy,
-    }.items():
-        fallen = mean(before - of_seeds("poison", f"{bound}: {how}"))
-        claim(f"accuracy lost, {bound}: {how}", fallen, at_least=-0.01, at_most=0.05)
+for bound, least in (("a quarter", 0.008), ("the whole way", 0.015)):
+    lost = {
+        how: mean(before - of_seeds("poison", f"{bound}: {how}"))
+        for how, before in (("poison", clean_accuracy), ("another model", other_accuracy))
+    }
+    claim(f"accuracy lost, {bound}: poison", lost["poison"], at_least=least)
+    claim(f"accuracy lost, {bound}: another model", lost["another model"], at_least=least)
+    noise = mean(clean_accuracy - of_seeds("poison", f"{bound}: noise"))
+    claim(f"accuracy lost, {bound}: noise", noise, at_most=0.005)
 
 # %% [markdown]
-# The damage is small, but it is damage: random signs of the same size in the same places do less. And it carries over to a network that the attacker has not seen, with another start, another order of the batches and twice the width. That our attack costs two or three points and REPLAY's fourteen has several reasons: six rounds against 800, digits that nearly any network reads, and a short training.
+# The damage is small, but it is damage: random signs of the same size in the same places do less. And it carries over to a network that the attacker has not seen, with another start, another order of the batches and twice the width. That our attack costs two points and REPLAY's fourteen has several reasons: six rounds against 800, digits that nearly any network reads, and a short training.
 # We have not tried how far it can be pushed.
 #
-# For those who train on data from the web it means this. Whoever owns a fortieth of the data can make a model worse without a single wrong label, and what he needs to know is roughly how it is trained. Looking at losses will not find it, nor reading labels. What helps is to know where data come from, to measure on images that nobody else could touch, and to ask which training images
-# harm them: the derivative that serves the attacker serves the defender too (exercise 14.5).
+# For those who train on data from the web it means this. Whoever owns a fortieth of the data can make a model worse without a single wrong label, and what he needs to know is roughly how it is trained. Reading the labels will not find it. Looking at the images, or at their losses, finds a part of it where the bound is wide. What helps is to know where data come from, and to measure on images that nobody else could touch. Whether the derivative that serves the attacker
+# serves the defender, too, is exercise 14.5.
 #
 # ## What we claim
 #
