@@ -105,15 +105,13 @@ def poison_step(answer) -> None:
         ("pixels that are nearly black or white", _Attack(on_the_way, start, gradient, 0.25, 0.2, -1.0, 1.0)),
     ):
         got = cases.call(case, answer, *attack)
-        cases.same(case, got, _poisoned(*attack), _wrong_poison(attack))
+        cases.same(case, got, _poisoned(attack), _wrong_poison(attack))
 
 
-def _poisoned(
-    x: Tensor, start: Tensor, gradient: Tensor, step: float, bound: float, low: float, high: float
-) -> Tensor:
+def _poisoned(a: _Attack) -> Tensor:
     """What 14.3 asks for."""
-    moved = x + step * gradient.sign()
-    return (start + (moved - start).clamp(-bound, bound)).clamp(low, high)
+    moved = a.x + a.step * a.gradient.sign()
+    return (a.start + (moved - a.start).clamp(-a.bound, a.bound)).clamp(a.low, a.high)
 
 
 def _wrong_poison(a: _Attack) -> dict[str, Tensor]:
@@ -123,17 +121,17 @@ def _wrong_poison(a: _Attack) -> dict[str, Tensor]:
     in_ball = a.start + (moved - a.start) * (a.bound / far).clamp(max=1)
     around_x = a._replace(start=a.x)
     return {
-        "this descends: a poisoner wants the loss to rise": _poisoned(*a._replace(gradient=-a.gradient)),
+        "this descends: a poisoner wants the loss to rise": _poisoned(a._replace(gradient=-a.gradient)),
         "this is a step of the gradient; asked for is one of its sign":
             (a.start + (a.x + a.step * a.gradient - a.start).clamp(-a.bound, a.bound)).clamp(a.low, a.high),
         "the bound is forgotten": moved.clamp(a.low, a.high),
         "the bound is around the images as they are now; it must be around those at the start, else many "
-        "small steps go any distance": _poisoned(*around_x),
+        "small steps go any distance": _poisoned(around_x),
         "some pixels are darker than `low` or brighter than `high`":
             a.start + (moved - a.start).clamp(-a.bound, a.bound),
         "neither the bound nor the range of pixels is kept": moved,
         "the bound is on each pixel, and not on the length of the whole change": in_ball.clamp(a.low, a.high),
-        "this is the change alone, without the image": _poisoned(*a) - a.start,
+        "this is the change alone, without the image": _poisoned(a) - a.start,
         "what is bounded is the pixel itself, and it should be how far it has moved":
             moved.clamp(-a.bound, a.bound).clamp(a.low, a.high),
     }  # fmt: skip
