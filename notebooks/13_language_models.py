@@ -492,4 +492,4 @@ def pull_clipped(cotangent, gradient, limit):
 #
 # <details><summary>Hint</summary>Only `torch.manual_seed` before the model is made may change; the batches stay. `scores.per_example()` has the sums over tokens, and is compared like other scores.</details>
 #
-# **Next:** [16 · Epilogue](16_epilogue.ipynb)
+# **Next:** [14 · What the derivative is for](14_what_the_derivative_is_for.ipynb)

@@ -158,7 +158,7 @@ agree("forty lines, and magic", scores, attribution.values[0], tolerance=1e-9)
 #
 # ## What we ignored
 #
-# Two chapters of part IV are still to be written: what the derivative is for, and training at the scale of the papers. Their places are kept.
+# One chapter of part IV is still to be written: training at the scale of the papers. Its place is kept.
 #
 # ## Exercise
 #
