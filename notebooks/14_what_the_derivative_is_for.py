@@ -361,7 +361,7 @@ for name in ("", ", another seed", ", twice as wide"):
 # The schedule found is better on images that it has never seen, by far more than the seeds differ. It was made for one start and one order of the batches, and is as good for another start with another order, and for a network twice as wide.
 #
 # Nobody told descent what a schedule looks like, and it found what practitioners use: rates above the best constant for most of the run, while there is far to go, and a steep fall at the end, which averages out the noise of small batches. (In ten rounds a rate cannot get beyond 2.1 times the constant; some would have.) A constant has to be a compromise between the two.
-# Engstrom et al. (section 4.4) do this for a ResNet-9 on CIFAR-10, from a flat schedule: 50 rounds are as good as a grid of more than a thousand schedules of one cycle. They do not recommend it where a few numbers are to be set, since the trainings of a grid can be made side by side, and the rounds of a descent cannot.
+# Engstrom et al. do this for a network on CIFAR-10, and end as well as with a grid of a thousand schedules. Where a few numbers are to be set a grid still has a point in its favour: its trainings can be made side by side, and the rounds of a descent cannot.
 #
 # ## 3 · A backdoor
 #
@@ -462,7 +462,7 @@ claim("change of accuracy by that", mean(more), at_least=-0.003, at_most=0.003)
 #
 # The next pool is as pools from the web are. Of its 600 rows, 200 are good digits; 200 are twenty more digits, each ten times; 150 have wrong labels; and 50 are pictures of clothing with a digit's label. We may train on 150 rows. Which?
 #
-# As in REPLAY we choose *counts* (section 4.1 there): example $i$ is seen $c_i$ times as often, which for us is its data weight. From $c = 1$ for all, a round takes the derivative at the counts that we have, draws a fifth of the examples, and moves the count of each of these by one
+# As in REPLAY we choose *counts*: example $i$ is seen $c_i$ times as often, which for us is its data weight. From $c = 1$ for all, a round takes the derivative at the counts that we have, draws a fifth of the examples, and moves the count of each of these by one
 # against the sign of its derivative, down to 0 at the least and up to 3 at the most. After 12 rounds we take the 150 rows with the largest counts, and among equal ones those with the lower scores. $\varphi$ is the mean loss on 200 clean images.
 
 # %%
@@ -571,17 +571,16 @@ bad = of_seeds("choice", "kind 2") + of_seeds("choice", "kind 3")
 claim("rows of 150 that are mislabelled or clothing, of 50 by chance", mean(bad), at_most=12)
 
 # %% [markdown]
-# Descent takes less than a tenth from the third of the pool that is bad, and a quarter of the pool teaches more than all of it. Its interval lies above those of all other choices of as many rows. Losses say little here: repeated images have the lowest ones, wrong labels the highest. Pixels say nothing of labels. And a ranking
+# Descent takes less than a tenth from the third of the pool that is bad, and a quarter of the pool teaches at least as much as all of it. Its interval lies above those of all other choices of as many rows. Losses say little here: repeated images have the lowest ones, wrong labels the highest. Pixels say nothing of labels. And a ranking
 # by one derivative is only half the way. What is most useful is alike, as chapter 09 found, and the 150 rows that are the most useful at $c=1$ teach the same things many times over; a derivative at the counts of the last round knows what has been chosen already.
 #
 # Is it the best use of the 200 clean images? No: to train on *them* is a little better still. In this small world a clean image is worth as much as a good row. To choose by them pays where many fewer are at hand than one must train on, as when the clean images are the 200 examples of a task and the pool is the web. DataComp's pool of 12.8 million pairs is of that kind:
-# with the choice of some forty rounds REPLAY's authors raise its score from .13 without a choice to .22, where the best before had been .18 (section 4.1).
+# with the data that they chose so, REPLAY's authors reach a score of .22, where the best choice before had been .18.
 #
 # ## 5 · Poison, to know the enemy
 #
 # Last, the derivative by the pixels. An attacker may change 25 of our 1,000 training images, 2.5 %, and not their labels, and wants the model to do badly on all images. He knows our recipe and our seed. He takes the 25 whose pixels have the largest derivatives, and *climbs*: in six rounds each of
-# their pixels moves by the sign of the derivative of the mean loss on clean images, no farther from where it was than a bound, and never darker than black nor brighter than white. As a bound we try a quarter of the way from black to white, and the whole way. REPLAY's attack, of 800 rounds with no bound but the range of pixels,
-# took a ResNet-9 on CIFAR-10 from 92 to 78 % (section 4.3 there).
+# their pixels moves by the sign of the derivative of the mean loss on clean images, no farther from where it was than a bound, and never darker than black nor brighter than white. As a bound we try a quarter of the way from black to white, and the whole way. REPLAY's attack, on 2.5 % of the images as well, took a network on CIFAR-10 from 92 to 78 %.
 #
 # This is an attack, and we show it in small, on digits, for the sake of those who have to expect it.
 
