@@ -20,7 +20,7 @@ from torch import Tensor
 from . import saved
 from .engine.health import Health, Verification
 from .engine.measuring import measured_outputs, try_measure
-from .engine.planning import Plan, plan_within
+from .engine.planning import Plan, one_way, plan_within
 from .engine.replay import Replay
 from .engine.resume import Trusted
 from .engine.search import parse_bytes
@@ -263,8 +263,7 @@ def attribute(
     wrong, ValueError for arguments that contradict each other or a folder of something else, and warns when a
     check could not be made or the scores are not to be trusted (`.health`).
     """
-    if plan is not None and memory is not None:
-        raise ValueError("plan= and memory= contradict each other: a plan was made for a budget; give one")
+    one_way(plan=plan, memory=memory)
     if last is not None:
         run = tail(run, last)
     taken = points_of(run, at, drop)

@@ -19,7 +19,7 @@ from .attribution import Attribution
 from .engine import asked
 from .engine.health import Health
 from .engine.measuring import try_measure
-from .engine.planning import Plan, plan_within
+from .engine.planning import Plan, one_way, plan_within
 from .engine.replay import Replay
 from .engine.replay import metagradient as replayed
 from .engine.resume import Trusted
@@ -107,8 +107,7 @@ def metagradient(
     `attribute` raises, TypeError for the "data" of a run whose training data are integers or a Dataset, and
     ValueError for the name of something that this run has no derivative by.
     """
-    if plan is not None and memory is not None:
-        raise ValueError("plan= and memory= contradict each other: a plan was made for a budget; give one")
+    one_way(plan=plan, memory=memory)
     what = asked.read(run, of, examples)
     taken = points_of(run, at, drop)
     if not taken.tangent:

@@ -223,10 +223,10 @@ def plan(
     Raises ValueError, with the least that works, for a budget too small, for an illegal schedule, and for
     arguments of which one would be passed over: a number of states or a schedule leaves nothing to `memory`.
     """
-    _one_way(states=states, actions=actions)
+    one_way(states=states, actions=actions)
     for budget in ({"memory": memory}, {"disk": disk}):
-        _one_way(**budget, states=states)
-        _one_way(**budget, actions=actions)
+        one_way(**budget, states=states)
+        one_way(**budget, actions=actions)
     if states is None and actions is None:
         return plan_within(run, targets, memory, disk)
     _check_targets(targets)
@@ -290,7 +290,7 @@ def _checked_states(states: object) -> int:
     return states
 
 
-def _one_way(**given) -> None:
+def one_way(**given) -> None:
     """Raise ValueError if more than one of these is given."""
     names = [f"{name}=" for name, value in given.items() if value is not None]
     if len(names) > 1:
