@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+from tests.support.kernels import use_forks
+
 # Several workers share the cores. What they start, notebooks' kernels among it, takes one thread each, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some eighty processes import PyTorch, which takes six seconds without bytecode and two with it. Some
 # machines are told to write none; the first process writes it for the others all the same.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+use_forks()
 
 # Files that take half a minute or more, the longest first, so that at the end no worker is left with one.
 LONG = (

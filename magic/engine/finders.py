@@ -6,11 +6,15 @@ names in `Progress.more`, so that a note of the work in a folder has them, too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..training.run import Run
 from ..training.state import Cotangent
+from ..training.update import Slopes, Slots
 from .adjoint import Rows, update_inputs
 from .asked import Asked
 from .listeners import Listener, check_finite
@@ -51,19 +55,86 @@ class OfHypers(Listener):
 
     def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
         run, t = self.run, traced.state.step
-        shape = (cotangent.targets, len(run.updates))
-        found = {name: next(iter(cotangent.params.values())).new_zeros(shape) for name in self.names}
-        for name, given in update_inputs(run, traced):
-            group = run.group_of[name]
-            slopes_of = run.updates[group].slopes
-            slopes = slopes_of(*given) if slopes_of is not None else {}
-            after = {"param": cotangent.params[name], **cotangent.slots[name]}
-            for hyper in self.names:
-                for what, factor, x in slopes.get(hyper, []):
-                    found[hyper][:, group].add_(after[what].flatten(1) @ x.flatten(), alpha=factor)
-        for hyper, x in found.items():
-            check_finite(x, cotangent, t)
+        shape = (cotangent.targets, len(run.updates), len(self.names))
+        found = next(iter(cotangent.params.values())).new_zeros(shape)
+        for bundle in bundles(run, traced):
+            slopes = run.updates[bundle.group].slopes
+            if slopes is not None:
+                found[:, bundle.group] += self._products(slopes(*bundle.given()), bundle, cotangent)
+        check_finite(found, cotangent, t)
+        for hyper, x in zip(self.names, found.unbind(-1), strict=True):
             self.found.rows_of(f"hypers/{hyper}", x[:, None].expand(-1, run.steps, -1))[:, t] = x
+
+    def _products(self, slopes: Slopes, bundle: Bundle, cotangent: Cotangent) -> Tensor:
+        """(K, names): the sum of factor · ⟨cotangent, tensor⟩ over the terms of each hyper-parameter. A
+        tensor that stands in several terms is multiplied once, and the cotangent is read once for all."""
+        tensors: dict[str, dict[int, Tensor]] = {}
+        factors: dict[tuple[str, int], list[float]] = {}
+        for place, hyper in enumerate(self.names):
+            for what, factor, x in slopes.get(hyper, []):
+                tensors.setdefault(what, {})[id(x)] = x
+                factors.setdefault((what, id(x)), [0.0] * len(self.names))[place] += factor
+        total = next(iter(cotangent.params.values())).new_zeros(cotangent.targets, len(self.names))
+        for what, given in tensors.items():
+            by_hyper = total.new_tensor([factors[what, i] for i in given])
+            rows, begin = torch.stack(list(given.values())), 0
+            for name, entries in bundle.pieces:
+                to = cotangent.params[name] if what == "param" else cotangent.slots[name][what]
+                to = to.flatten(1)[:, entries]
+                total += (rows[:, begin : begin + to.shape[1]] @ to.T).T @ by_hyper
+                begin += to.shape[1]
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Entries of parameters of one group whose optimizer has made as many steps, laid end to end.
+
+    A hyper-parameter moves all entries by the same formula. So it is evaluated for many small parameters at
+    once, and for a large one in pieces, whose memory is bounded.
+
+    pieces  (name, which entries of the flattened parameter)
+    inputs  for each of these what the update took: (param, grad, slots, hyper, the slots after it or None)
+    """
+
+    group: int
+    pieces: list[tuple[str, slice]]
+    inputs: list[tuple]
+
+    def given(self) -> tuple:
+        """The same for all of them as one vector."""
+        params, grads, slots, hypers, after = zip(*self.inputs, strict=True)
+        joined = None if after[0] is None else self._slots(after)
+        return self._end_to_end(params), self._end_to_end(grads), self._slots(slots), hypers[0], joined
+
+    def _end_to_end(self, tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([x.flatten()[entries] for x, (_, entries) in zip(tensors, self.pieces, strict=True)])
+
+    def _slots(self, slots: tuple[Slots, ...]) -> Slots:
+        """What counts steps is one number for all of them."""
+        return {
+            k: self._end_to_end(s[k] for s in slots) if x.is_floating_point() else x
+            for k, x in slots[0].items()
+        }
+
+
+def bundles(run: Run, traced: Traced, entries: int = 1_000_000) -> Iterator[Bundle]:
+    """All entries of the parameters that the step uses, in bundles of at most so many."""
+    open_ones: dict[tuple, Bundle] = {}
+    filled: dict[tuple, int] = {}
+    for name, given in update_inputs(run, traced):
+        param, slots, group = given[0], given[2], run.group_of[name]
+        kind = (group, *slots, slots["step"].item() if "step" in slots else None)
+        for begin in range(0, param.numel(), entries):
+            size = min(entries, param.numel() - begin)
+            if filled.get(kind, 0) + size > entries:
+                yield open_ones.pop(kind)
+                filled[kind] = 0
+            bundle = open_ones.setdefault(kind, Bundle(group, [], []))
+            bundle.pieces.append((name, slice(begin, begin + size)))
+            bundle.inputs.append(given)
+            filled[kind] = filled.get(kind, 0) + size
+    yield from open_ones.values()
 
 
 class OfData(Listener):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, moments, pull_decay_and_sign
+from .update import Pull, Slots, inverse, moments, pull_decay_and_sign
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -66,7 +66,7 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
     root = most.sqrt()
     denominator = (root / c).add_(hyper["eps"])
     by_m = -alpha / denominator
-    by_v = torch.where(most > 0, by_m * m / (denominator * root), 0.0)  # times −1 / (2c)
+    by_v = (by_m * m).div_(denominator).mul_(inverse(root))  # times −1 / (2c)
     if hyper["amsgrad"]:
         before = slots["max_exp_avg_sq"] if slots else torch.zeros_like(v)
         from_v = (v > before).to(v) + 0.5 * (v == before).to(v)  # as autograd shares a tie

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, pull_decay_and_sign
+from .update import Pull, Slots, inverse, pull_decay_and_sign
 
 
 def rmsprop(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -55,7 +55,7 @@ def rmsprop_adjoint(
         square = square.addcmul(after["grad_avg"], after["grad_avg"], value=-1)
     root = square.sqrt()
     denominator = root + hyper["eps"]
-    by_square = torch.where(root > 0, -0.5 * (grad / denominator) / (denominator * root), 0.0)  # of g/d
+    by_square = (-0.5 * grad).div_(denominator).div_(denominator).mul_(inverse(root))  # of g/d
 
     def pull(cotangent: dict[str, Tensor]) -> Tensor:
         to_param, to_square = cotangent["param"], cotangent["square_avg"]

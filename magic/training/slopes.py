@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adam import adam
 from .sgd import sgd
-from .update import Slopes, Slots, Term, moments
+from .update import Slopes, Slots, Term, inverse, moments
 
 
 def sgd_slopes(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Slopes:
@@ -58,7 +58,7 @@ def adam_slopes(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: S
     denominator = (root / c2**0.5).add_(hyper["eps"])
     unit = after["exp_avg"] / denominator
     by_d = unit / denominator  # times α: how p' moves with D
-    by_v = torch.where(root > 0, by_d / root, 0.0)  # times α/2√c₂: with v'. It is 0 as in `adam_adjoint`
+    by_v = by_d * inverse(root)  # times α/2√c₂: with v'. It is 0 where v' is, as in `adam_adjoint`
     from_v = None if not amsgrad else _larger(v, before["max_exp_avg_sq"])
 
     through_m, through_v = _through_moments(alpha, c2, denominator, by_v, from_v)
@@ -70,8 +70,11 @@ def adam_slopes(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: S
         "eps": [("param", alpha, by_d)],
         "eps_root": [("param", alpha * c2**0.5 / 2, by_v)],
     }
-    slopes["beta2"].append(("param", -alpha * c2_slope / (2 * c2**1.5), by_d * root))
-    slopes["beta2"].append(("param", alpha * rho * c2_slope / (2 * c2**0.5), by_v))
+    # D moves with c₂ by −√(v' + ρc₂)/2c₂√c₂, which is −(D − ε)/2c₂, and by ρ/2√(c₂(v' + ρc₂))
+    by_c2 = alpha * c2_slope / (2 * c2)
+    slopes["beta2"] += [("param", -by_c2, unit), ("param", by_c2 * hyper["eps"], by_d)]
+    if rho:
+        slopes["beta2"].append(("param", by_c2 * rho * c2**0.5, by_v))
     if decoupled:
         slopes["lr"].append(("param", -decay, param))
     else:
