@@ -34,6 +34,7 @@
 
 # %%
 import warnings
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -43,7 +44,7 @@ from torch import nn
 import magic
 from magic import smoothness
 from magic.book import data, models, plot
-from magic.book.banks import shipped_bank
+from magic.book.banks import shipped_bank, shipped_scores
 from magic.book.checks import agree, claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,12 +298,9 @@ found = smoothness.survey(runs, accuracy, count=2)
 # %%
 def scores_of(name, kept="", **options):
     """Scores that come with the chapter; computed where those are of another run."""
-    file = "".join(filter(str.isalnum, name)) + kept
-    try:
-        path = f"banks/08_is_the_derivative_useful_{file}.npz"
-        return magic.Attribution.load(path, runs[name], measure)
-    except (FileNotFoundError, ValueError):
-        return magic.attribute(runs[name], measure, progress=False, **options)
+    file = "08_is_the_derivative_useful_" + "".join(filter(str.isalnum, name)) + kept
+    make = partial(magic.attribute, runs[name], measure, progress=False, **options)
+    return shipped_scores(file, runs[name], measure, make)
 
 
 predicting = [name for name in knobs if name not in ("no momentum", "AdamW, eps 1e-3")]

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import magic
 from magic import smoothness, subsets
 from magic.book import data, models, plot
-from magic.book.banks import shipped_bank
+from magic.book.banks import shipped_bank, shipped_scores
 from magic.book.checks import claim
 
 DATA = "fashion"  # or "cifar10", or "digits"
@@ -125,14 +125,11 @@ def measure(model):
     return loss(model, x_test[asked], y_test[asked])
 
 
-try:  # they come with the chapter; those of another run take some minutes
-    scores = magic.Attribution.load("banks/09_which_examples_mattered.npz", run, measure)
-except (FileNotFoundError, ValueError):
-    scores = magic.attribute(run, measure, progress=False)
+# They come with the chapter. Those of another run are made by magic.attribute(run, measure).
+scores = shipped_scores("09_which_examples_mattered", run, measure)
 
 # %% [markdown]
-# One training and one backward pass score every training image for each of the five; the last line of the cell is the one
-# that made them. Is the derivative right for such a network? Here are the first eight steps of the same training in double precision, for the sum of
+# One training and one backward pass score every training image for each of the five. Is the derivative right for such a network? Here are the first eight steps of the same training in double precision, for the sum of
 # the five losses: one replay, and the trainings at nearby weights that it has to agree with ([chapter 07](07_a_replay_to_trust.ipynb)).
 
 # %%

@@ -32,6 +32,8 @@
 # About thirty minutes to read, one or two to run.
 
 # %%
+from functools import partial
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -41,7 +43,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import magic
 from magic import baselines, subsets, text
 from magic.book import data, models, plot
-from magic.book.banks import shipped_bank
+from magic.book.banks import shipped_bank, shipped_scores
 from magic.book.checks import claim
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,10 +143,8 @@ pd.DataFrame(
 # %%
 def scores_of(run, measure, name="", **options):
     """Scores that come with the chapter; computed where those are of another run."""
-    try:
-        return magic.Attribution.load(f"banks/13_language_models{name}.npz", run, measure)
-    except (FileNotFoundError, ValueError):
-        return magic.attribute(run, measure, progress=False, **options)
+    make = partial(magic.attribute, run, measure, progress=False, **options)
+    return shipped_scores(f"13_language_models{name}", run, measure, make)
 
 
 scores = scores_of(run, measure)  # two minutes without the file
@@ -303,15 +303,13 @@ estimates = {
 
 
 # %%
-def estimate_of(name):
-    """An estimate that comes with the chapter; made where there is none of this run."""
-    try:
-        return magic.Attribution.load(f"banks/13_language_models_{name}.npz", run, measure)
-    except (FileNotFoundError, ValueError):
-        return by_passage.like(estimates[name]().values)
-
-
-rivals |= {name: estimate_of(name) for name in estimates}
+rivals |= {
+    name: shipped_scores(
+        f"13_language_models_{name}", run, measure,
+        make=lambda make=make: by_passage.like(make().values),
+    )
+    for name, make in estimates.items()
+}  # fmt: skip
 
 # %%
 compared = {

@@ -67,22 +67,17 @@ class OfHypers(Listener):
 
     def _products(self, slopes: Slopes, bundle: Bundle, cotangent: Cotangent) -> Tensor:
         """(K, names): the sum of factor · ⟨cotangent, tensor⟩ over the terms of each hyper-parameter. A
-        tensor that stands in several terms is multiplied once, and the cotangent is read once for all."""
-        tensors: dict[str, dict[int, Tensor]] = {}
-        factors: dict[tuple[str, int], list[float]] = {}
+        tensor that stands in several terms is multiplied once."""
+        total = next(iter(cotangent.params.values())).new_zeros(cotangent.targets, len(self.names))
+        rows: dict[str, Tensor] = {}
+        products: dict[tuple[str, int], Tensor] = {}
         for place, hyper in enumerate(self.names):
             for what, factor, x in slopes.get(hyper, []):
-                tensors.setdefault(what, {})[id(x)] = x
-                factors.setdefault((what, id(x)), [0.0] * len(self.names))[place] += factor
-        total = next(iter(cotangent.params.values())).new_zeros(cotangent.targets, len(self.names))
-        for what, given in tensors.items():
-            by_hyper = total.new_tensor([factors[what, i] for i in given])
-            rows, begin = torch.stack(list(given.values())), 0
-            for name, entries in bundle.pieces:
-                to = cotangent.params[name] if what == "param" else cotangent.slots[name][what]
-                to = to.flatten(1)[:, entries]
-                total += (rows[:, begin : begin + to.shape[1]] @ to.T).T @ by_hyper
-                begin += to.shape[1]
+                if what not in rows:
+                    rows[what] = bundle.rows(cotangent, what)
+                if (what, id(x)) not in products:
+                    products[what, id(x)] = rows[what] @ x
+                total[:, place].add_(products[what, id(x)], alpha=factor)
         return total
 
 
@@ -91,7 +86,7 @@ class Bundle:
     """Entries of parameters of one group whose optimizer has made as many steps, laid end to end.
 
     A hyper-parameter moves all entries by the same formula. So it is evaluated for many small parameters at
-    once, and for a large one in pieces, whose memory is bounded.
+    once, and for a large one in pieces, whose memory is bounded and stays in the processor's cache.
 
     pieces  (name, which entries of the flattened parameter)
     inputs  for each of these what the update took: (param, grad, slots, hyper, the slots after it or None)
@@ -107,8 +102,14 @@ class Bundle:
         joined = None if after[0] is None else self._slots(after)
         return self._end_to_end(params), self._end_to_end(grads), self._slots(slots), hypers[0], joined
 
+    def rows(self, cotangent: Cotangent, what: str) -> Tensor:
+        """(K, entries): the cotangent of the parameters, or of their slots of that name."""
+        params, slots = cotangent.params, cotangent.slots
+        whole = [params[name] if what == "param" else slots[name][what] for name, _ in self.pieces]
+        return _joined([x.flatten(1)[:, entries] for x, (_, entries) in zip(whole, self.pieces, strict=True)])
+
     def _end_to_end(self, tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([x.flatten()[entries] for x, (_, entries) in zip(tensors, self.pieces, strict=True)])
+        return _joined([x.flatten()[entries] for x, (_, entries) in zip(tensors, self.pieces, strict=True)])
 
     def _slots(self, slots: tuple[Slots, ...]) -> Slots:
         """What counts steps is one number for all of them."""
@@ -118,7 +119,12 @@ class Bundle:
         }
 
 
-def bundles(run: Run, traced: Traced, entries: int = 1_000_000) -> Iterator[Bundle]:
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other along the last axis; a single one is not copied."""
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def bundles(run: Run, traced: Traced, entries: int = 65_536) -> Iterator[Bundle]:
     """All entries of the parameters that the step uses, in bundles of at most so many."""
     open_ones: dict[tuple, Bundle] = {}
     filled: dict[tuple, int] = {}
