@@ -1,9 +1,4 @@
-"""Kernels for the notebooks' tests, forked from a process that has imported what all of them import.
-
-PyTorch, torchvision and seaborn take seven seconds of every kernel. Here a server of `multiprocessing`
-imports them once, and a kernel is a fork of it, in which those imports are done at once. The notebooks' own
-code is read anew by each.
-"""
+"""Kernels for the notebooks' tests, which need not import PyTorch (`tests.support.processes`)."""
 
 import multiprocessing
 import os
@@ -15,16 +10,20 @@ import time
 
 from jupyter_client.provisioning import local_provisioner
 
-# The last is what the first optimizer imports. What keeps a thread, or reads settings, is left to the kernel.
-IMPORTS = ["torch", "torchvision", "seaborn", "torch._dynamo", "ipykernel.kernelapp"]
+from tests.support import processes
 
 
 def use_forks():
     """From now on `jupyter_client` starts the kernels of this process as forks."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload(IMPORTS)
-        local_provisioner.launch_kernel = lambda command, **options: Fork(forks, command, **options)
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return
+    launch = local_provisioner.launch_kernel
+
+    def launch_kernel(command, **options):
+        ours = command[:2] == [sys.executable, "-m"]
+        return Fork(command[2:], **options) if ours else launch(command, **options)
+
+    local_provisioner.launch_kernel = launch_kernel
 
 
 class Fork:
@@ -32,8 +31,8 @@ class Fork:
 
     stdin = stdout = stderr = None
 
-    def __init__(self, forks, command, env=None, cwd=None, **options):
-        self.process = forks.Process(target=run, args=(command[1:], env or dict(os.environ), cwd))
+    def __init__(self, arguments, env=None, cwd=None, **options):
+        self.process = processes.forks().Process(target=run, args=(arguments, env or dict(os.environ), cwd))
         self.process.start()
         self.pid = self.process.pid
         while self.poll() is None and os.getpgid(self.pid) != self.pid:
@@ -60,7 +59,7 @@ class Fork:
 
 
 def run(arguments, env, cwd):
-    """In the fork: become `python -m module …`, with its own session, environment and directory."""
+    """In the fork: become `python -m MODULE …`, with its own session, environment, directory and errors."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
@@ -68,8 +67,5 @@ def run(arguments, env, cwd):
     if cwd is not None:
         os.chdir(cwd)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    flag, module, *rest = arguments
-    while flag != "-m":
-        flag, module, *rest = module, *rest
-    sys.argv = [module, *rest]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = list(arguments)
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

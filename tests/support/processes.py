@@ -1,4 +1,8 @@
-"""Processes that are to be killed. Each begins as a copy of one that has imported PyTorch, in no time."""
+"""Processes of their own: some are killed, some share a batch, some are kernels of notebooks.
+
+PyTorch, torchvision and seaborn take seven seconds to import. A server of `multiprocessing` imports them
+once, and each process begins as a fork of it, in which these imports are done.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,20 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
+# What chapters import, without the package, which each process reads anew. The first optimizer imports
+# torch._dynamo, and that sympy.
+IMPORTS = ["torch", "torch._dynamo", "torchvision", "seaborn", "ipykernel.kernelapp"]
+
+
+def forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context
+
 
 def start(work: Callable, *arguments) -> ForkServerProcess:
     """work(*arguments) in a process of its own, at one thread. `kill()` ends it as kill -9 does."""
-    context = multiprocessing.get_context("forkserver")
-    # making an optimizer imports torch._dynamo, and that sympy
-    context.set_forkserver_preload(["torch._dynamo", "magic", work.__module__])
-    process = context.Process(target=_alone, args=(work, *arguments), daemon=True)
+    process = forks().Process(target=_alone, args=(work, *arguments), daemon=True)
     process.start()
     return process
 

@@ -1,17 +1,14 @@
 """A batch shared between two processes: one run, the scores of one process, and what cannot be shared."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import magic
-from tests.support import cases
+from tests.support import cases, processes
 
-ROOT = Path(__file__).parents[2]
 NAMES = (
     "sgd-nesterov-decay",
     "adamw-onecycle",
@@ -68,12 +65,10 @@ def work(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory):
     """What the two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    code = "import sys; from pathlib import Path; from tests.training.test_ranks import work; "
-    code += "work(int(sys.argv[1]), Path(sys.argv[2]))"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], cwd=ROOT) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    started = [processes.start(work, rank, folder) for rank in (0, 1)]
+    for process in started:
+        process.join(timeout=300)
+    assert [process.exitcode for process in started] == [0, 0]
     return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in (0, 1)]
 
 
