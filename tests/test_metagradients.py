@@ -370,3 +370,18 @@ def test_verify_finds_one_wrong_number(dtype):
     still = magic.metagradient(run, measure, "weight_decay", progress=False)
     with pytest.raises(ValueError, match="0 everywhere"):
         magic.verify(still, "weight_decay", progress=False)
+
+
+def test_the_witness_looks_at_the_inputs_where_they_are_asked_for():
+    """Numbers that leave the graph on the way from an input: nothing to the weights, wrong for the inputs."""
+
+    def hidden(model, x, y):
+        scale = torch.tensor(x.abs().mean(1).tolist(), dtype=x.dtype)
+        return cases.loss(model, x / scale[:, None], y)
+
+    model = cases.mlp().double()
+    run = magic.Run(model, cases.adamw()(model), cases.data(), hidden, cases.order())
+    measure = cases.measure_on(*cases.data())
+    assert magic.metagradient(run, measure, "weights", progress=False).weights.norm() > 0
+    with pytest.raises(magic.NotDifferentiable, match=r"behind autograd's back: look for \.item"):
+        magic.metagradient(run, measure, "data", progress=False)

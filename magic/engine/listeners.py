@@ -145,17 +145,21 @@ class Witness(Listener):
 
     Looked at are the last step of the run (by `ask`, when the way down ends), two steps on the way, and every
     step where a number that depends on the parameters may have left the graph. `found` keeps what was found:
-    step -> relative difference.
+    step -> relative difference. With `data`, a step is also looked at as a function of its inputs.
     """
 
-    def __init__(self, run: Run, weights: Tensor, chunk: int, found: dict[int, float | None]):
-        self.run, self.weights, self.chunk, self.found = run, weights, chunk, found
+    def __init__(
+        self, run: Run, weights: Tensor, chunk: int, found: dict[int, float | None], data: bool = False
+    ):
+        self.run, self.weights, self.chunk, self.found, self.data = run, weights, chunk, found, data
         self.known: set[str] = set()
         self.alone: tuple[Cotangent, Rows] | None = None
 
     def ask(self, traced: Traced, directions: int = 1) -> None:
         """Compare this step, and warn of gradients whose squares are lost in the optimizer's slots."""
-        self.found[traced.state.step] = check_step(self.run, traced.state, self.weights, directions)
+        self.found[traced.state.step] = check_step(
+            self.run, traced.state, self.weights, directions, self.data
+        )
         warn_of_underflow(self.run, traced.state, traced.grads)
 
     def pulling(self, traced: Traced, cotangent: Cotangent) -> None:

@@ -207,7 +207,8 @@ class _Sweeps:
         passed.verified += self.found.verified
         if folder:
             passed.adopt(*folder.passed())
-        self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed)
+        data = training.asked.examples is not None
+        self.witness = Witness(self.run, training.weights, plan.chunk, self.found.witnessed, data)
         self.listeners = [self.witness, Scores(self.run, self.found), Sizes(self.run.steps, self.found.sizes)]
         self.listeners.append(Clipped(self.run, self.found.clipped))
         self.listeners += finders(self.run, training.asked, self.found)

@@ -50,8 +50,12 @@ def examples_of(run: Run) -> int:
     return FEW if large and not over_batch else EXAMPLES
 
 
-def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> float | None:
+def check_step(
+    run: Run, state: State, weights: Tensor, directions: int = 2, data: bool = False
+) -> float | None:
     """Raise NotDifferentiable if the derivative of the step at `state` is not what the step does.
+
+    data  whether it is looked at as a function of its floating-point inputs as well
 
     Returns the relative difference found, or None, with a warning, where no finite difference is
     steady enough to tell (arithmetic in low precision that no cast shows).
@@ -60,10 +64,10 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
     unchecked = f"the derivative of step {state.step} could not be checked against the step itself"
     with determinism.alone():
         try:
-            gradient, point = _gradient_of(run, state, weights, examples_of(run))
+            gradient, point = _gradient_of(run, state, weights, examples_of(run), data)
         except Exception:  # it may insist on a whole batch
             try:
-                gradient, point = _gradient_of(run, state, weights, len(run.batches[state.step]))
+                gradient, point = _gradient_of(run, state, weights, len(run.batches[state.step]), data)
             except Exception as error:
                 warn(f"{unchecked}: it does not run in float64 ({str(error).splitlines()[0]})")
                 return None
@@ -94,8 +98,9 @@ def check_step(run: Run, state: State, weights: Tensor, directions: int = 2) -> 
         return max(slope.gap(seen) for seen, slope in right)
 
 
-def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
-    """The step's gradient and buffers as a function of one dict of float64 tensors, and the point.
+def _gradient_of(run: Run, state: State, weights: Tensor, examples: int, data: bool = False):
+    """The step's gradient and buffers as a function of one dict of float64 tensors, and the point; with
+    `data`, the inputs of the batch are in it.
 
     Of the batch, the first few examples; their number does not matter to what is checked.
     """
@@ -111,8 +116,13 @@ def _gradient_of(run: Run, state: State, weights: Tensor, examples: int):
     point = {f"params/{name}": in_double(p) for name, p in state.params.items()}
     point |= {f"buffers/{name}": buffers[name] for name in run.moved(state)}
     point["weights"] = in_double(weights[run.batches[t].to(weights.device)][:examples])
+    batch = shadow.data
+    if data:
+        point |= {f"data/{i}": x for i, x in enumerate(batch) if x.is_floating_point()}
 
     def gradient(values: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
+        if data:
+            shadow.data = tuple(values.get(f"data/{i}", x) for i, x in enumerate(batch))
         params = {name: values[f"params/{name}"] for name in state.params}
         held = {name: values.get(f"buffers/{name}", b) for name, b in buffers.items()}
         if not create_graph:

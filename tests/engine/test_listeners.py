@@ -229,7 +229,7 @@ def witness_of(monkeypatch, found, chunk=1):
     """A witness that is told what to find, and the steps that it asks about."""
     asked = []
 
-    def check_step(run, state, weights, directions):
+    def check_step(run, state, weights, directions, data):
         asked.append((state.step, directions))
         return 1e-9
 
