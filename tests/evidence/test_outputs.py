@@ -483,24 +483,24 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, package):
 
 
 def sweep_into(path):
-    """A hundred retrainings, into the bank."""
+    """Sixty retrainings, into the bank."""
     run, measure = small()
     kept = magic.Bank(path, run, measure)
-    magic.outputs(run, measure, subsets.random(run.n, 0.1, 100), bank=kept, jobs=1, progress=False)
+    magic.outputs(run, measure, subsets.random(run.n, 0.1, 60), bank=kept, jobs=1, progress=False)
 
 
 def test_killed_at_random_moments(tmp_path):
-    """kill -9 ten times in a sweep of 100: it ends with the same frame; then two at once."""
+    """kill -9 six times in a sweep of 60: it ends with the same frame; then two at once."""
     run, measure = small()
-    weights = subsets.random(run.n, 0.1, 100)
+    weights = subsets.random(run.n, 0.1, 60)
     whole = magic.Bank(tmp_path / "whole.sqlite", run, measure)
     expected = magic.outputs(run, measure, weights, bank=whole, jobs=1, progress=False)
-    assert len(expected.unique(dim=0)) == 100
+    assert len(expected.unique(dim=0)) == 60
     path = tmp_path / "killed.sqlite"
     kept = magic.Bank(path, run, measure)
 
     dice, sizes = torch.Generator().manual_seed(0), []
-    for _ in range(10):
+    for _ in range(6):
         process, before = processes.start(sweep_into, path), len(kept)
         goal = before + int(torch.randint(1, 9, (1,), generator=dice))
         while len(kept) < goal and process.is_alive():
@@ -508,12 +508,12 @@ def test_killed_at_random_moments(tmp_path):
         process.kill()
         process.join()
         sizes.append(len(kept))
-    assert sizes == sorted(sizes) and sizes[0] > 0 and sizes[-1] < 100, sizes
+    assert sizes == sorted(sizes) and sizes[0] > 0 and sizes[-1] < 60, sizes
     both = [processes.start(sweep_into, path) for _ in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    assert len(kept) == 100
+    assert len(kept) == 60
     again = magic.outputs(run, measure, weights, bank=kept, jobs=1, progress=False)
     assert torch.equal(again, expected)
     known, outputs = (x[x.new_tensor(_order(kept, weights)).long()] for x in kept.rows())

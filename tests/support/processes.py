@@ -12,9 +12,8 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
-# What chapters import, without the package, which each process reads anew. The first optimizer imports
-# torch._dynamo, and that sympy.
-IMPORTS = ["torch", "torch._dynamo", "torchvision", "seaborn", "ipykernel.kernelapp"]
+# What chapters import. The first optimizer imports torch._dynamo, and that sympy.
+IMPORTS = ["torch", "torch._dynamo", "torchvision", "seaborn", "ipykernel.kernelapp", "magic.attribution"]
 
 
 def forks() -> multiprocessing.context.ForkServerContext:
