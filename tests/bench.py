@@ -234,16 +234,20 @@ def keep(found: dict[str, dict[str, float]], made: dict, path: Path = KEPT) -> N
 
 
 def compare(found: dict[str, dict[str, float]], path: Path = KEPT) -> None:
-    """Print ratios beside those noted last."""
+    """Print each work's ratios beside those noted last for it."""
     if not path.exists():
         raise SystemExit(f"{path.name} is not there yet: --keep makes it")
-    *_, last = json.loads(path.read_text())
-    print("\nnoted last: " + ", ".join(f"{name} {x}" for name, x in last.items() if name != "ratios"))
-    print(f"  {'':<40}{'noted':>9}{'now':>9}{'now/noted':>11}")
+    noted = json.loads(path.read_text())
     for work, ratios in found.items():
+        last = next((one for one in reversed(noted) if work in one["ratios"]), None)
+        if last is None:
+            print(f"\n{work}: nothing is noted yet")
+            continue
+        print(f"\n{work}, noted last: " + ", ".join(f"{k} {x}" for k, x in last.items() if k != "ratios"))
+        print(f"  {'':<40}{'noted':>9}{'now':>9}{'now/noted':>11}")
         for what, now in ratios.items():
-            if before := last["ratios"].get(work, {}).get(what):
-                print(f"  {f'{work}: {what}':<40}{before:>9.2f}{now:>9.2f}{now / before:>11.2f}")
+            if before := last["ratios"][work].get(what):
+                print(f"  {what:<40}{before:>9.2f}{now:>9.2f}{now / before:>11.2f}")
 
 
 def main() -> None:
@@ -269,15 +273,14 @@ def main() -> None:
         f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
         f"{given.threads} thread(s), medians of {given.rounds} rounds; 1 = a plain loop, training included"
     )
-    found = {}
     for name in given.works.split(","):
-        found[name] = table(name, targets, given.rounds, given.memory, given.peers)
+        found = {name: table(name, targets, given.rounds, given.memory, given.peers)}
         if given.budgets:
             memory_table(name, targets, given.budgets.split(","))
-    if given.compare:
-        compare(found)
-    if given.keep:
-        keep(found, provenance(given.threads, given.rounds) | {"memory": given.memory})
+        if given.compare:
+            compare(found)
+        if given.keep:
+            keep(found, provenance(given.threads, given.rounds) | {"memory": given.memory})
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ def test_ratios_are_kept_with_what_they_were_measured_on(tmp_path, capsys):
     assert made["PyTorch"] == torch.__version__ and made["processor"] and made["cores"]
     bench.keep({"mlp": {"run.train() K=0": 2.0}}, made, path)
     bench.keep({"mlp": {"run.train() K=0": 1.5, "magic.attribute K=1": 4.0}}, made, path)
-    bench.compare({"mlp": {"run.train() K=0": 1.2, "magic.attribute K=16": 9.0}}, path)
+    bench.keep({"conv": {"run.train() K=0": 1.1}}, made, path)
+    bench.compare({"mlp": {"run.train() K=0": 1.2, "magic.attribute K=16": 9.0}, "transformer": {}}, path)
     said = capsys.readouterr().out
-    assert "rounds 5" in said and "K=16" not in said
+    assert "rounds 5" in said and "K=16" not in said and "transformer: nothing is noted yet" in said
     assert ["1.50", "1.20", "0.80"] in [line.split()[-3:] for line in said.splitlines()]
 
 
