@@ -47,12 +47,15 @@ def steady(
                at four such steps, the largest distance from the straight line of slope `seen`
 
     None if there is no such step size. One at which rounding hides more than a tenth of the slope tells
-    nothing and is passed over.
+    nothing and is passed over. So does one at which nothing moves, where `seen` would move a number by less
+    than 1 has digits for: a loss log(1 + e⁻⁴³) is 0, and its derivative is not.
     """
     base = along(0.0)
     noise = max(abs(along(k * rounding) - base - k * rounding * seen) for k in (1, -1, 2, -3))
     for h in steps:
         near, far = ((along(k * h) - along(-k * h)) / (2 * k * h) for k in (1, 2))
+        if near == far == 0 and abs(seen) * h <= torch.finfo(torch.float64).eps:
+            continue
         doubt = 3 * noise / h
         if abs(near - far) <= tolerance * max(abs(near), abs(far)) and doubt <= 0.1 * max(
             abs(near), abs(seen)

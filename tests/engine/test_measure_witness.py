@@ -102,3 +102,17 @@ def test_the_first_parameter_may_have_any_shape(shape):
     run = magic.Run(model, optimizer, (x, y), cases.loss, cases.order())
     scores = magic.attribute(run, cases.measure_on(x, y), progress=False)
     assert scores.values.abs().max() > 0 and scores.health.witnessed[run.steps] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_is_zero_to_the_last_digit_is_no_alarm(dtype):
+    """Its derivative is e⁻⁴³, and no difference of it can be seen."""
+    run, _ = trained(1, dtype)
+
+    def measure(model):
+        logits = model(torch.ones(1, 8, dtype=next(model.parameters()).dtype))
+        return cross_entropy(logits - logits.detach() + torch.tensor([[43.0, 0, 0]]), torch.tensor([0]))[None]
+
+    with pytest.warns(UserWarning, match="could not be checked|is rounding"):
+        scores = magic.attribute(run, measure, progress=False)
+    assert scores.outputs == 0 and scores.health.witnessed[run.steps] is None
