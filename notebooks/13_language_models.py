@@ -433,7 +433,7 @@ claim("pairs of batch and dropout in which a root of 1e-6 predicts best", best_r
 
 # %% [markdown]
 # - **The root.** A root of $10^{-6}$ predicts best for all eight pairs of batch size and dropout, though with so few sayings and sets the intervals overlap. With it, the LDS grows with the batch, from .93 to .99.
-#   It costs up to .08 nats. With no root at all the LDS falls to .70 and .75 for two of the eight. A likely reason: of a word that is rare, the second moment is near 0, and there the update $m/\sqrt v$ has a corner
+#   It costs up to .07 nats. With no root at all the LDS falls to .70 and .75 for two of the eight. A likely reason: of a word that is rare, the second moment is near 0, and there the update $m/\sqrt v$ has a corner
 #   ([chapter 05](05_optimizers_with_memory.ipynb)).
 # - **The batch.** Small batches are noisier, and more of them are needed to see as much. Still, at 20 passages the scores predict, at .91 to .95.
 # - **Dropout** does no harm: for ten of the twelve pairs of batch and root the LDS is higher with it than without. But with masks drawn anew for every
