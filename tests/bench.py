@@ -96,9 +96,9 @@ def conv() -> Work:
 
 
 def transformer() -> Work:
-    """The Python documentation, two layers of width 64 over 32 characters, AdamW, T = 200, B = 32."""
+    """The Python documentation, two layers of width 64 over 32 characters, AdamW, T = 50, B = 32."""
     train, test, characters = data.python_text(train=1600, test=200)
-    model, order = models.Transformer(len(characters)), magic.batches(len(train), 32, 4)
+    model, order = models.Transformer(len(characters)), magic.batches(len(train), 32, 1)
     return Work("transformer", model, adamw, (train,), (test,), next_token, order)
 
 
