@@ -29,7 +29,8 @@ LONG = (
     "test_transformers.py", "09_which_examples_mattered.ipynb", "10_is_it_right.ipynb", "test_true.py",
     "11_how_near_is_near_optimal.ipynb", "12_how_far_does_a_tangent_reach.ipynb", "13_language_models.ipynb",
     "14_what_the_derivative_is_for.ipynb",
-    "test_properties.py", "test_resume.py", "test_outputs.py", "test_gpu_script.py",
+    "test_metagradients.py", "test_properties.py", "test_resume.py", "test_outputs.py", "test_gpu_script.py",
+    "test_state_value.py", "test_optimizers.py", "test_identity.py", "test_ranks.py",
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def steady(
     noise = max(abs(along(k * rounding) - base - k * rounding * seen) for k in (1, -1, 2, -3))
     for h in steps:
         near, far = ((along(k * h) - along(-k * h)) / (2 * k * h) for k in (1, 2))
-        if near == far == 0 and abs(seen) * h <= torch.finfo(torch.float64).eps:
+        if near == far == 0 and 0 < abs(seen) * h <= torch.finfo(torch.float64).eps:
             continue
         doubt = 3 * noise / h
         if abs(near - far) <= tolerance * max(abs(near), abs(far)) and doubt <= 0.1 * max(
