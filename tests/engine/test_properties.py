@@ -85,7 +85,7 @@ def test_runs_drawn_at_random(tmp_path):
     found = []
 
     @settings(
-        max_examples=MANY or 7,
+        max_examples=MANY or 10,
         derandomize=not MANY,
         database=None,
         deadline=None,
