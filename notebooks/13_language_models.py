@@ -429,7 +429,7 @@ claim("dropout .1, judged with the masks of the run: LDS", cell("replayed"), at_
 claim("the same scores, judged with other masks: LDS", cell("other"), at_most=0.6)
 best = same.loc[same.groupby(["batch", "dropout"])["lds"].idxmax()]
 best_roots = (best["eps_root"] == 1e-6).mean()
-claim("pairs of batch and dropout in which a root of 1e-6 predicts best", best_roots, at_least=1)
+claim("share of the pairs in which a root of 1e-6 predicts best", best_roots, at_least=1)
 
 # %% [markdown]
 # - **The root.** A root of $10^{-6}$ predicts best for all eight pairs of batch size and dropout, though with so few sayings and sets the intervals overlap. With it, the LDS grows with the batch, from .93 to .99.

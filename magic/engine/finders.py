@@ -6,15 +6,11 @@ names in `Progress.more`, so that a note of the work in a folder has them, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..training.run import Run
 from ..training.state import Cotangent
-from ..training.update import Slopes, Slots
 from .adjoint import Rows, update_inputs
 from .asked import Asked
 from .listeners import Listener, check_finite
@@ -54,93 +50,25 @@ class OfHypers(Listener):
         self.run, self.names, self.found = run, names, found
 
     def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
+        """A tensor that stands in the terms of several hyper-parameters is multiplied once."""
         run, t = self.run, traced.state.step
         shape = (cotangent.targets, len(run.updates), len(self.names))
         found = next(iter(cotangent.params.values())).new_zeros(shape)
-        for bundle in bundles(run, traced):
-            slopes = run.updates[bundle.group].slopes
-            if slopes is not None:
-                found[:, bundle.group] += self._products(slopes(*bundle.given()), bundle, cotangent)
+        for name, given in update_inputs(run, traced):
+            group = run.group_of[name]
+            slopes_of = run.updates[group].slopes
+            slopes = slopes_of(*given) if slopes_of is not None else {}
+            after = {"param": cotangent.params[name], **cotangent.slots[name]}
+            products: dict[tuple[str, int], Tensor] = {}
+            for place, hyper in enumerate(self.names):
+                for what, factor, x in slopes.get(hyper, []):
+                    term = (what, id(x))
+                    if term not in products:
+                        products[term] = after[what].flatten(1) @ x.flatten()
+                    found[:, group, place].add_(products[term], alpha=factor)
         check_finite(found, cotangent, t)
         for hyper, x in zip(self.names, found.unbind(-1), strict=True):
             self.found.rows_of(f"hypers/{hyper}", x[:, None].expand(-1, run.steps, -1))[:, t] = x
-
-    def _products(self, slopes: Slopes, bundle: Bundle, cotangent: Cotangent) -> Tensor:
-        """(K, names): the sum of factor · ⟨cotangent, tensor⟩ over the terms of each hyper-parameter. A
-        tensor that stands in several terms is multiplied once."""
-        total = next(iter(cotangent.params.values())).new_zeros(cotangent.targets, len(self.names))
-        rows: dict[str, Tensor] = {}
-        products: dict[tuple[str, int], Tensor] = {}
-        for place, hyper in enumerate(self.names):
-            for what, factor, x in slopes.get(hyper, []):
-                if what not in rows:
-                    rows[what] = bundle.rows(cotangent, what)
-                if (what, id(x)) not in products:
-                    products[what, id(x)] = rows[what] @ x
-                total[:, place].add_(products[what, id(x)], alpha=factor)
-        return total
-
-
-@dataclass(frozen=True, eq=False)
-class Bundle:
-    """Entries of parameters of one group whose optimizer has made as many steps, laid end to end.
-
-    A hyper-parameter moves all entries by the same formula. So it is evaluated for many small parameters at
-    once, and for a large one in pieces, whose memory is bounded and stays in the processor's cache.
-
-    pieces  (name, which entries of the flattened parameter)
-    inputs  for each of these what the update took: (param, grad, slots, hyper, the slots after it or None)
-    """
-
-    group: int
-    pieces: list[tuple[str, slice]]
-    inputs: list[tuple]
-
-    def given(self) -> tuple:
-        """The same for all of them as one vector."""
-        params, grads, slots, hypers, after = zip(*self.inputs, strict=True)
-        joined = None if after[0] is None else self._slots(after)
-        return self._end_to_end(params), self._end_to_end(grads), self._slots(slots), hypers[0], joined
-
-    def rows(self, cotangent: Cotangent, what: str) -> Tensor:
-        """(K, entries): the cotangent of the parameters, or of their slots of that name."""
-        params, slots = cotangent.params, cotangent.slots
-        whole = [params[name] if what == "param" else slots[name][what] for name, _ in self.pieces]
-        return _joined([x.flatten(1)[:, entries] for x, (_, entries) in zip(whole, self.pieces, strict=True)])
-
-    def _end_to_end(self, tensors: Iterable[Tensor]) -> Tensor:
-        return _joined([x.flatten()[entries] for x, (_, entries) in zip(tensors, self.pieces, strict=True)])
-
-    def _slots(self, slots: tuple[Slots, ...]) -> Slots:
-        """What counts steps is one number for all of them."""
-        return {
-            k: self._end_to_end(s[k] for s in slots) if x.is_floating_point() else x
-            for k, x in slots[0].items()
-        }
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other along the last axis; a single one is not copied."""
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def bundles(run: Run, traced: Traced, entries: int = 65_536) -> Iterator[Bundle]:
-    """All entries of the parameters that the step uses, in bundles of at most so many."""
-    open_ones: dict[tuple, Bundle] = {}
-    filled: dict[tuple, int] = {}
-    for name, given in update_inputs(run, traced):
-        param, slots, group = given[0], given[2], run.group_of[name]
-        kind = (group, *slots, slots["step"].item() if "step" in slots else None)
-        for begin in range(0, param.numel(), entries):
-            size = min(entries, param.numel() - begin)
-            if filled.get(kind, 0) + size > entries:
-                yield open_ones.pop(kind)
-                filled[kind] = 0
-            bundle = open_ones.setdefault(kind, Bundle(group, [], []))
-            bundle.pieces.append((name, slice(begin, begin + size)))
-            bundle.inputs.append(given)
-            filled[kind] = filled.get(kind, 0) + size
-    yield from open_ones.values()
 
 
 class OfData(Listener):
