@@ -17,7 +17,7 @@ from magic.kernels.precision import InDouble
 from magic.training.determinism import seed_step
 from tests.kernels.test_stop_gradients import relative_error
 
-tf, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+tf = pytest.importorskip("transformers")
 WORDS, N, LENGTH = 40, 8, 6
 ORDER = [[0, 4, 2], [7, 1, 3], [2, 5, 6]]
 LOSS = text.loss()
@@ -39,6 +39,7 @@ def base(dtype=torch.float64):
 
 def lora(model, dropout=0.0):
     torch.manual_seed(0)
+    peft = pytest.importorskip("peft")  # here, as its import takes four seconds
     settings = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
     )

@@ -5,12 +5,10 @@ import torch
 
 import magic
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_the_script_with_a_tiny_model(capsys):
+    pytest.importorskip("peft")
     from tests import smollm2
 
     found = smollm2.main(
@@ -25,6 +23,7 @@ def test_the_script_with_a_tiny_model(capsys):
 
 
 def test_too_little_text_is_said():
+    pytest.importorskip("transformers")
     from magic import text
     from tests import smollm2
 
