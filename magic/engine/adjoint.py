@@ -19,7 +19,7 @@ the cotangent of g.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ from ..kernels.stop_gradients import Stops
 from ..training.gradient import parts_here
 from ..training.run import Run
 from ..training.state import Cotangent, State
-from ..training.update import Pull
+from ..training.update import Hypers, Pull
 from .refusals import NotDifferentiable, refusing
 from .tracing import Part, Traced, leaves_of, trace, trace_part
 from .vjp import CHUNK, pull
@@ -38,21 +38,25 @@ from .vjp import CHUNK, pull
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a step adds to the derivatives by its examples: a row for each of them, in the batch's order.
+    """What a step adds to the derivatives by its examples, a row for each of them in the batch's order, and
+    by its hyper-parameters.
 
     scores  (K, B), or (K, B, L): ∂φ/∂w through this step
     data    place in run.data -> (K, B, ...): ∂φ/∂(the inputs); empty unless the trace has them as leaves
+    hypers  name -> (K, groups), of those that are asked for
     """
 
     scores: Tensor
     data: dict[int, Tensor]
+    hypers: Hypers
 
     @classmethod
-    def zeros(cls, targets: int, part: Part) -> Rows:
-        """For all examples of a batch of which this is the trace of a part."""
-        rows = len(part.weight)
-        data = {i: x.new_zeros(targets, rows, *x.shape[1:]) for i, x in part.data.items()}
-        return cls(part.weight.new_zeros(targets, *part.weight.shape), data)
+    def zeros(cls, targets: int, part: Part, hypers: dict[str, int]) -> Rows:
+        """For all examples of a batch of which this is the trace of a part; hypers, name -> groups."""
+        weight = part.weight
+        data = {i: x.new_zeros(targets, len(weight), *x.shape[1:]) for i, x in part.data.items()}
+        by_name = {name: weight.new_zeros(targets, groups) for name, groups in hypers.items()}
+        return cls(weight.new_zeros(targets, *weight.shape), data, by_name)
 
     def of(self, part: slice) -> Rows:
         """The same, with the data of a part of the batch; scores are always those of the whole."""
@@ -75,9 +79,11 @@ def step_vjp(
     return before, rows.scores
 
 
-def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK) -> tuple[Cotangent, Rows]:
-    """`step_vjp` of a step that has been traced, with all that it adds by its examples. The given cotangent's
-    tensors are used up.
+def traced_vjp(
+    run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUNK, hypers: Sequence[str] = ()
+) -> tuple[Cotangent, Rows]:
+    """`step_vjp` of a step that has been traced, with all that it adds by its examples, and by the
+    hyper-parameters of these names. The given cotangent's tensors are used up.
 
     Invariant: rows of the cotangent that have not been pulled yet are ∂φ/∂s_{t+1}, and rows that have been
     are ∂φ/∂s_t; no row is read again after it was pulled. So the work can be done in place, and K targets
@@ -89,12 +95,12 @@ def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUN
     the buffers went from part to part: their cotangents are pulled through the parts, the last one first.
     """
     state, count, parts = traced.state, cotangent.targets, parts_here(run)
-    through_the_update = _first_pull(run, traced, cotangent)
+    found = Rows.zeros(count, traced.last, dict.fromkeys(hypers, len(run.updates)))
+    through_the_update = _first_pull(run, traced, cotangent, found.hypers)
     whole = len(parts) == 1 and run.ranks is None
     everything = {} if whole else through_the_update(slice(0, count))
     to_params = cotangent.params if run.ranks is None else cotangent.map(torch.zeros_like).params
     weight, to_buffers = traced.last.weight, cotangent.buffers
-    found = Rows.zeros(count, traced.last)
     for part, begins in reversed(list(zip(parts, traced.begins, strict=True))):
         here = traced.last
         if part != parts[-1]:
@@ -121,17 +127,27 @@ def traced_vjp(run: Run, traced: Traced, cotangent: Cotangent, chunk: int = CHUN
     return Cotangent(cotangent.params, to_buffers, before, state.step), found
 
 
-def _first_pull(run: Run, traced: Traced, cotangent: Cotangent) -> Callable[[slice], dict[str, Tensor]]:
-    """A function that pulls rows of the cotangent through the update, in place, and returns the cotangents of
-    the gradients."""
-    updates = _adjoints(run, traced)
+def _first_pull(
+    run: Run, traced: Traced, cotangent: Cotangent, hypers: Hypers
+) -> Callable[[slice], dict[str, Tensor]]:
+    """A function that pulls rows of the cotangent through the update, in place, adds to the derivatives by
+    hyper-parameters, and returns the cotangents of the gradients."""
+    state, hyper = traced.state, run.hypers[traced.state.step]
     unclip = run.clip.adjoint(traced.grads) if run.clip is not None else None
+    seen = run.clip.clip(traced.grads, state.params) if run.clip is not None else traced.grads
+    # The slots after the update, if the trace knows them. An adjoint that computes them has the same bits.
+    after = traced.after.slots if traced.after and traced.gradient.same_bits else {}
+    updates: dict[str, tuple[int, Pull]] = {}
+    for name, grad in seen.items():
+        group, given = run.group_of[name], (state.params[name], grad, state.slots[name])
+        updates[name] = group, run.updates[group].adjoint(*given, hyper[group], after.get(name))
 
     def through_the_update(rows: slice) -> dict[str, Tensor]:
         to_grads = {}
-        for name, update in updates.items():
-            slots = {k: c[rows] for k, c in cotangent.slots[name].items()}
-            to_grads[name] = update({"param": cotangent.params[name][rows], **slots})
+        asked = [{k: x[rows, group] for k, x in hypers.items()} for group in range(len(run.updates))]
+        for name, (group, update) in updates.items():
+            given = {"param": cotangent.params[name]} | cotangent.slots[name]
+            to_grads[name] = update({k: c[rows] for k, c in given.items()}, asked[group])
         if unclip is not None:
             unclip(to_grads)
         return to_grads
@@ -152,36 +168,11 @@ def _pull_part(
     count = len(found.scores)
     to_buffers = {k: b.new_zeros(count, *b.shape) for k, b in part.buffers.items()}
     inputs = [*part.params.values(), *part.buffers.values(), part.weight, *part.data.values()]
-    added = [
-        *(to_params[name] for name in part.params),
-        *to_buffers.values(),
-        found.scores,
-        *found.data.values(),
-    ]
+    added = [*(to_params[k] for k in part.params), *to_buffers.values(), found.scores, *found.data.values()]
     for rows, products in pull(outputs, inputs, to_outputs, count, chunk):
         for x, product in zip(added, products, strict=True):
             x[rows].add_(product)
     return to_buffers
-
-
-def _adjoints(run: Run, traced: Traced) -> dict[str, Pull]:
-    """The adjoint of each parameter's update, at the gradients that it saw."""
-    return {
-        name: run.updates[run.group_of[name]].adjoint(*given) for name, given in update_inputs(run, traced)
-    }
-
-
-def update_inputs(run: Run, traced: Traced) -> Iterator[tuple[str, tuple]]:
-    """What each parameter's update took in this step: (param, grad, slots, hyper, the slots after it).
-
-    The last is None where it is not known from the trace. An adjoint has the same bits if it computes them.
-    """
-    state, hyper = traced.state, run.hypers[traced.state.step]
-    after = traced.after.slots if traced.after and traced.gradient.same_bits else {}
-    seen = run.clip.clip(traced.grads, state.params) if run.clip is not None else traced.grads
-    for name, grad in seen.items():
-        given = (state.params[name], grad, state.slots[name], hyper[run.group_of[name]])
-        yield name, (*given, after.get(name))
 
 
 def measure_vjp(

@@ -65,7 +65,7 @@ def read(run: Run, of, examples=None) -> Asked:
     names = (of,) if isinstance(of, str) else tuple(of)
     if run.ranks is not None and "start" in names and run.initial.buffers:
         raise ValueError('of="start": of a run that is shared between ranks the buffers have no derivative')
-    known = slopes_known(run)
+    known = hypers_known(run)
     hypers: dict[str, None] = {}
     for name in names:
         if name == "hypers":
@@ -91,7 +91,7 @@ def inputs_of(run: Run) -> Iterator[tuple[int, Tensor]]:
         yield from ((i, x) for i, x in enumerate(run.data) if x.is_floating_point())
 
 
-def slopes_known(run: Run) -> dict[str, list[int]]:
+def hypers_known(run: Run) -> dict[str, list[int]]:
     """The hyper-parameters that the run has a derivative by -> the groups that have it.
 
     Left out is momentum 0, where SGD keeps no buffer that a larger one would begin with.
@@ -99,7 +99,7 @@ def slopes_known(run: Run) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for group, update in enumerate(run.updates):
         hypers = [hyper[group] for hyper in run.hypers]
-        if update.slopes is None:
+        if not update.hypers:
             continue
         names = ["lr", "weight_decay"]
         if "betas" in hypers[0]:
@@ -116,7 +116,7 @@ def _check_hyper(run: Run, name: str, known: dict[str, list[int]]) -> None:
     if name in known:
         return
     rules = ", ".join(dict.fromkeys(update.told for update in run.updates))
-    without = [update.told for update in run.updates if update.slopes is None]
+    without = [update.told for update in run.updates if not update.hypers]
     has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
     why = ""
     if without:

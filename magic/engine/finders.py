@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..training.run import Run
 from ..training.state import Cotangent
-from .adjoint import Rows, update_inputs
+from .adjoint import Rows
 from .asked import Asked
 from .listeners import Listener, check_finite
 from .resume import Progress
@@ -24,7 +24,7 @@ def finders(run: Run, asked: Asked, found: Progress) -> list[Listener]:
     if asked.start:
         heard.append(OfStart(found))
     if asked.hypers:
-        heard.append(OfHypers(run, asked.hypers, found))
+        heard.append(OfHypers(run, found))
     if asked.examples is not None:
         heard.append(OfData(run, asked.examples, found))
     return heard
@@ -44,31 +44,16 @@ class OfStart(Listener):
 
 
 class OfHypers(Listener):
-    """Adds up, over the parameters of each group, how they and their slots move with its hyper-parameters."""
+    """Keeps what each step finds of the hyper-parameters of its groups."""
 
-    def __init__(self, run: Run, names: tuple[str, ...], found: Progress):
-        self.run, self.names, self.found = run, names, found
+    def __init__(self, run: Run, found: Progress):
+        self.run, self.found = run, found
 
-    def pulling(self, traced: Traced, cotangent: Cotangent) -> None:
-        """A tensor that stands in the terms of several hyper-parameters is multiplied once."""
-        run, t = self.run, traced.state.step
-        shape = (cotangent.targets, len(run.updates), len(self.names))
-        found = next(iter(cotangent.params.values())).new_zeros(shape)
-        for name, given in update_inputs(run, traced):
-            group = run.group_of[name]
-            slopes_of = run.updates[group].slopes
-            slopes = slopes_of(*given) if slopes_of is not None else {}
-            after = {"param": cotangent.params[name], **cotangent.slots[name]}
-            products: dict[tuple[str, int], Tensor] = {}
-            for place, hyper in enumerate(self.names):
-                for what, factor, x in slopes.get(hyper, []):
-                    term = (what, id(x))
-                    if term not in products:
-                        products[term] = after[what].flatten(1) @ x.flatten()
-                    found[:, group, place].add_(products[term], alpha=factor)
-        check_finite(found, cotangent, t)
-        for hyper, x in zip(self.names, found.unbind(-1), strict=True):
-            self.found.rows_of(f"hypers/{hyper}", x[:, None].expand(-1, run.steps, -1))[:, t] = x
+    def pulled(self, traced: Traced, cotangent: Cotangent, rows: Rows) -> None:
+        t = traced.state.step
+        check_finite(torch.stack(list(rows.hypers.values())), cotangent, t)
+        for name, x in rows.hypers.items():
+            self.found.rows_of(f"hypers/{name}", x[:, None].expand(-1, self.run.steps, -1))[:, t] = x
 
 
 class OfData(Listener):

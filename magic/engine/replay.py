@@ -78,10 +78,8 @@ class Training:
         start = self.run.initial
         if not self.asked.start:
             return start
-        moved = frozenset(
-            k for k, b in start.buffers.items() if b.isfinite().all()
-        )  # −∞ in a mask does not move
-        return replace(start, moved=moved)
+        moves = [k for k, b in start.buffers.items() if b.isfinite().all()]  # −∞ in a mask does not
+        return replace(start, moved=frozenset(moves))
 
     def trace(self, state: State, step: bool) -> Traced:
         """The trace of the step at `state`; with `step`, it goes on to the next state."""
@@ -160,7 +158,7 @@ def reverse(
                 traced = traces.pop(t, None) or training.trace(state, step=False)
                 cotangent = turn(traced) if cotangent is None else cotangent
                 listener.pulling(traced, cotangent)
-                cotangent, rows = traced_vjp(training.run, traced, cotangent, chunk)
+                cotangent, rows = traced_vjp(training.run, traced, cotangent, chunk, training.asked.hypers)
                 listener.pulled(traced, cotangent, rows)
                 del traced, rows
 

@@ -6,9 +6,9 @@ determinism       what must be fixed for a run to be a function, and which threa
 state             all that training carries, as a value; the cotangent, which is a type of its own
 update            what an optimizer's rule and its adjoint are
 differentiated    the adjoint of a rule by autograd, and what a rule needs for that
+by_hypers         the derivative of SGD and Adam by their hyper-parameters
 sgd, adam, rmsprop    optimizers: each rule as a pure function, its adjoint below it
 adagrad, nadam, radam, adafactor, muon    optimizers whose rule is all there is; autograd finds the adjoint
-slopes            how the rules of SGD and Adam move with their hyper-parameters
 optim             the table of optimizers; the user's, read: their rules, and the parameters that they train
 hypers            the hyper-parameters of each step, read from optimizers and schedulers
 network           the model as a function of the tensors in it

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, inverse, moments, pull_decay_and_sign
+from .by_hypers import of_adam
+from .update import Hypers, Pull, Slots, inverse, moments, pull_decay_and_sign
 
 
 def adam(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -50,8 +51,7 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
     its square underflows. There m' is proportional to g, so the update m'/(c|g| + ε) has at g = 0 the
     slope that its numerator alone gives: the derivative by v is taken as 0, not as 0 · ∞.
     """
-    beta1, beta2 = hyper["betas"]
-    decay, decoupled = hyper["weight_decay"], hyper["decoupled_weight_decay"]
+    (beta1, beta2), decay, decoupled = hyper["betas"], hyper["weight_decay"], hyper["decoupled_weight_decay"]
     if hyper["maximize"]:
         grad = -grad
     if decay != 0 and not decoupled:
@@ -71,7 +71,7 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
         before = slots["max_exp_avg_sq"] if slots else torch.zeros_like(v)
         from_v = (v > before).to(v) + 0.5 * (v == before).to(v)  # as autograd shares a tie
 
-    def pull(cotangent: dict[str, Tensor]) -> Tensor:
+    def pull(cotangent: dict[str, Tensor], hypers: Hypers | None = None) -> Tensor:
         to_param, to_m, to_v = cotangent["param"], cotangent["exp_avg"], cotangent["exp_avg_sq"]
         to_m.addcmul_(to_param, by_m)
         if hyper["amsgrad"]:
@@ -81,6 +81,8 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
         else:
             to_v.addcmul_(to_param, by_v, value=-0.5 / c)
         to_grad = (to_m * (1 - beta1)).addcmul_(to_v, grad, value=2 * (1 - beta2))
+        if hypers:
+            of_adam(hypers, cotangent, to_grad, (param, grad, slots, hyper, after), root, denominator)
         to_m.mul_(beta1)
         to_v.mul_(beta2)
         if decay != 0 and decoupled:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.valued import Valued
-from .update import Pull, Rule, Slots
+from .update import Hypers, Pull, Rule, Slots
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Differentiated:
     def __call__(
         self, param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None
     ) -> Pull:
-        def pull(cotangent: dict[str, Tensor]) -> Tensor:
+        def pull(cotangent: dict[str, Tensor], hypers: Hypers | None = None) -> Tensor:
             leaves, outputs = self.traced(param, grad, slots, hyper)
             inputs, results = list(leaves.values()), list(outputs.values())
 

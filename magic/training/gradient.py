@@ -170,9 +170,7 @@ def weighted_sum(run, losses: Tensor, weight: Tensor, t: int, part: int) -> Tens
     w = weight.to(losses.dtype)
     everything = w.sum() if run.normalize == "weights" else None
     w = w[rows] if run.accumulate > 1 else w
-    if (
-        losses.dim() > w.dim()
-    ):  # a weight for each example, before it is known that there is one for each token
+    if losses.dim() > w.dim():  # one weight for each example, before it is known that each token has its own
         w = w[:, None]
     summed = (w * losses).sum()
     if everything is not None:

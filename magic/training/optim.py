@@ -19,8 +19,7 @@ from .nadam import nadam
 from .radam import radam
 from .rmsprop import rmsprop, rmsprop_adjoint
 from .sgd import sgd, sgd_adjoint
-from .slopes import adam_slopes, sgd_slopes
-from .update import Pull, Rule, Slopes, Slots
+from .update import Pull, Rule, Slots
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Update:
     start    start(param, hyper) -> the slots before the first update, if the optimizer makes them in its
              constructor
     elementwise  whether each entry of a parameter is updated by itself
-    slopes   how the rule moves with its hyper-parameters, where that is known
+    hypers   whether the adjoint by hand finds the derivative by the hyper-parameters as well
     rounds   whether the rule rounds on its way, and what is differentiated is the rule without that
     """
 
@@ -45,7 +44,7 @@ class Update:
     divides: bool = False
     squares: str | None = None
     start: Callable[..., Slots] | None = None
-    slopes: Callable[..., Slopes] | None = None
+    hypers: bool = False
     elementwise: bool = True
     rounds: bool = False
 
@@ -55,10 +54,10 @@ class Update:
         return self.by_hand or Differentiated(self.rule)
 
 
-_ADAM = Update("Adam", adam, adam_adjoint, divides=True, squares="exp_avg_sq", slopes=adam_slopes)
+_ADAM = Update("Adam", adam, adam_adjoint, divides=True, squares="exp_avg_sq", hypers=True)
 # CONTRIBUTING.md says how to add another one.
 UPDATES: dict[type, Update] = {
-    torch.optim.SGD: Update("SGD", sgd, sgd_adjoint, slopes=sgd_slopes),
+    torch.optim.SGD: Update("SGD", sgd, sgd_adjoint, hypers=True),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
     torch.optim.RMSprop: Update("RMSprop", rmsprop, rmsprop_adjoint, divides=True, squares="square_avg"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update import Pull, Slots, inverse, pull_decay_and_sign
+from .update import Hypers, Pull, Slots, inverse, pull_decay_and_sign
 
 
 def rmsprop(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -57,7 +57,7 @@ def rmsprop_adjoint(
     denominator = root + hyper["eps"]
     by_square = (-0.5 * grad).div_(denominator).div_(denominator).mul_(inverse(root))  # of g/d
 
-    def pull(cotangent: dict[str, Tensor]) -> Tensor:
+    def pull(cotangent: dict[str, Tensor], hypers: Hypers | None = None) -> Tensor:
         to_param, to_square = cotangent["param"], cotangent["square_avg"]
         to_ratio = to_param * -hyper["lr"]  # of g/d
         if momentum > 0:

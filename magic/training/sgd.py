@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .update import Pull, Slots, pull_decay_and_sign
+from .by_hypers import of_sgd
+from .update import Hypers, Pull, Slots, pull_decay_and_sign
 
 
 def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor, Slots]:
@@ -28,20 +29,26 @@ def sgd(param: Tensor, grad: Tensor, slots: Slots, hyper: dict) -> tuple[Tensor,
 
 
 def sgd_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: Slots | None = None) -> Pull:
-    """The adjoint of `sgd`: b' = μb + (1 − δ)g, p' = p − η(g + μb') with Nesterov, else p − ηb'."""
+    """The adjoint of `sgd`: g = ±grad + λp, b' = μb + (1 − δ)g, p' = p − η(g + μb') with Nesterov, else
+    p − ηb'; without momentum p' = p − ηg."""
     lr, momentum, nesterov = hyper["lr"], hyper["momentum"], hyper["nesterov"]
     first = "momentum_buffer" not in slots  # then b' = g
 
-    def pull(cotangent: dict[str, Tensor]) -> Tensor:
+    def pull(cotangent: dict[str, Tensor], hypers: Hypers | None = None) -> Tensor:
         to_param = cotangent["param"]
         if momentum == 0:
-            return pull_decay_and_sign(to_param, to_param * -lr, hyper)
-        to_buffer = cotangent["momentum_buffer"]
-        to_buffer.add_(to_param, alpha=-lr * (momentum if nesterov else 1.0))
-        to_grad = to_buffer * (1.0 if first else 1.0 - hyper["dampening"])
-        if nesterov:
-            to_grad.add_(to_param, alpha=-lr)
-        to_buffer.mul_(momentum)
+            to_grad = to_param * -lr
+        else:
+            to_buffer = cotangent["momentum_buffer"]
+            to_buffer.add_(to_param, alpha=-lr * (momentum if nesterov else 1.0))
+            to_grad = to_buffer * (1.0 if first else 1.0 - hyper["dampening"])
+            if nesterov:
+                to_grad.add_(to_param, alpha=-lr)
+        if hypers:
+            g = (-grad if hyper["maximize"] else grad).add(param, alpha=hyper["weight_decay"])
+            of_sgd(hypers, cotangent, to_grad, (param, g, slots, hyper, after))
+        if momentum != 0:
+            to_buffer.mul_(momentum)
         return pull_decay_and_sign(to_param, to_grad, hyper)
 
     return pull

@@ -7,7 +7,7 @@ it is empty before the first update.
 
 `adjoint(param, grad, slots, hyper, after)` returns
 
-    pull(cotangent) -> grad_cotangent
+    pull(cotangent, hypers) -> grad_cotangent
 
 which takes the cotangents of what the update returns, {"param": (K, *shape), name: (K, *shape)} for K
 targets, turns them in place into those of what it took, and returns the gradient's. `after` is the optimizer
@@ -19,9 +19,8 @@ Adam and RMSprop is, so is its adjoint: a handful of multiplications by vectors 
 these it is written by hand, which is faster: derived line by line from the rule, which stands above it. The
 tests compare it with autograd of the rule.
 
-`slopes(param, grad, slots, hyper, after)` says how what the update returns moves with each of its
-hyper-parameters, as a list of terms: (what, factor, tensor) means that "param", or the slot of that name,
-moves by factor · tensor.
+`hypers` are derivatives by hyper-parameters, {name: (K,)}, which a pull by hand adds to (`by_hypers.py`); one
+by autograd leaves them as they are. `Update.hypers` says of which optimizers they are found.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ from torch import Tensor
 
 Slots = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, Slots]]
-Pull = Callable[[dict[str, Tensor]], Tensor]
-Term = tuple[str, float, Tensor]
-Slopes = dict[str, list[Term]]
+Pull = Callable[..., Tensor]
+Hypers = dict[str, Tensor]
 
 
 def moments(param: Tensor) -> Slots:

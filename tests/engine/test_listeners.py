@@ -164,8 +164,8 @@ def test_scores_add_up_in_their_rows():
     run = SimpleNamespace(batches=[torch.tensor([0, 2]), torch.tensor([2, 3])])
     found = Progress(torch.zeros(3, 4, dtype=torch.float64), None, slice(1, 3))
     scores, cotangent = Scores(run, found), cotangent_of([1.0], [2.0])
-    scores.pulled(traced_at(1), cotangent, Rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), {}))
-    scores.pulled(traced_at(0), cotangent, Rows(torch.tensor([[10.0, 20.0], [30.0, 40.0]]), {}))
+    scores.pulled(traced_at(1), cotangent, Rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), {}, {}))
+    scores.pulled(traced_at(0), cotangent, Rows(torch.tensor([[10.0, 20.0], [30.0, 40.0]]), {}, {}))
     assert found.values.tolist() == [[0, 0, 0, 0], [10, 0, 21, 2], [30, 0, 43, 4]]
 
 
@@ -173,7 +173,7 @@ def test_scores_add_up_in_their_rows():
 def test_scores_that_are_not_finite_are_refused(bad):
     run = SimpleNamespace(batches=[torch.tensor([0, 1])])
     found = Progress(torch.zeros(1, 2), None, slice(0, 1))
-    scores = Rows(torch.tensor([[1.0, bad]]), {})
+    scores = Rows(torch.tensor([[1.0, bad]]), {}, {})
     with pytest.raises(magic.NonFinite, match="NaN at step 0, first in 'params/p'"):
         Scores(run, found).pulled(traced_at(0), cotangent_of([bad]), scores)
     with pytest.raises(magic.NonFinite, match="NaN at step 0, first in 'scores'"):
@@ -266,7 +266,7 @@ def test_the_witness_compares_the_last_target_with_itself_alone(monkeypatch, wro
 
     def traced_vjp(run, traced, cotangent, chunk):
         assert chunk == 1 and cotangent.params["p"].tolist() == [[3.0, 4.0]]
-        return cotangent.map(lambda x: 2 * x), Rows(torch.tensor([[5.0]]), {})
+        return cotangent.map(lambda x: 2 * x), Rows(torch.tensor([[5.0]]), {}, {})
 
     monkeypatch.setattr(listeners, "traced_vjp", traced_vjp)
     traced = traced_at(3)
@@ -274,7 +274,7 @@ def test_the_witness_compares_the_last_target_with_itself_alone(monkeypatch, wro
     before = cotangent_of([1.0, 2.0], [3.0, 4.0])
     witness.pulling(traced, before)
     assert before.params["p"].tolist() == [[1.0, 2.0], [3.0, 4.0]], "it looked at a copy"
-    after, scores = before.map(lambda x: 2 * x), Rows(torch.tensor([[0.0], [5.0 + wrong]]), {})
+    after, scores = before.map(lambda x: 2 * x), Rows(torch.tensor([[0.0], [5.0 + wrong]]), {}, {})
     if wrong:
         with pytest.raises(
             magic.NotDifferentiable, match="a target gets other values of the scores than alone"
