@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
@@ -34,26 +34,28 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._alive: dict[int, int] = {}
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for x in tree_iter((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage(), new=False)
-        out = func(*args, **(kwargs or {}))
-        for x in tree_iter(out):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage(), new=True)
+        kwargs = kwargs or {}
+        self._note([*args, *kwargs.values()], new=False)
+        out = func(*args, **kwargs)
+        self._note([out], new=True)
         return out
 
-    def _note(self, storage, new: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if new else 0
-        if key not in self._alive:
-            self._alive[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key)
+    def _note(self, values, new: bool) -> None:
+        """The tensors among these, which may lie in lists: so deep and no deeper nests what ATen takes."""
+        for x in values:
+            if isinstance(x, (list, tuple)):
+                self._note(x, new)
+            elif isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes() if new else 0
+                if key not in self._alive:
+                    self._alive[key] = size, weakref.ref(storage, functools.partial(self._freed, key))
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
 
-    def _freed(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
+    def _freed(self, key: int, _) -> None:
+        self.now -= self._alive.pop(key)[0]

@@ -56,8 +56,8 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
         grad = -grad
     if decay != 0 and not decoupled:
         grad = grad.add(param, alpha=decay)
-    if after is None:
-        after = adam(param, grad, slots, hyper | {"weight_decay": 0, "maximize": False})[1]
+    given = (param, grad, slots, hyper, after)  # slots that are made here are not held
+    after = after or adam(param, grad, slots, hyper | {"weight_decay": 0, "maximize": False})[1]
     t, m, v = after["step"].item(), after["exp_avg"], after["exp_avg_sq"]
     most = after["max_exp_avg_sq"] if hyper["amsgrad"] else v
     alpha, c = hyper["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
@@ -82,7 +82,7 @@ def adam_adjoint(param: Tensor, grad: Tensor, slots: Slots, hyper: dict, after: 
             to_v.addcmul_(to_param, by_v, value=-0.5 / c)
         to_grad = (to_m * (1 - beta1)).addcmul_(to_v, grad, value=2 * (1 - beta2))
         if hypers:
-            of_adam(hypers, cotangent, to_grad, (param, grad, slots, hyper, after), root, denominator)
+            of_adam(hypers, cotangent, to_grad, given)
         to_m.mul_(beta1)
         to_v.mul_(beta2)
         if decay != 0 and decoupled:

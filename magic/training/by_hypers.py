@@ -16,6 +16,7 @@ Both functions are called in the middle of a pull, and are given
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .update import Hypers, Slots, inverse, moments
@@ -46,16 +47,23 @@ def of_sgd(found: Hypers, cotangent: Slots, to_grad: Tensor, given: Given) -> No
         along(found, to_param, new, lr=-1.0)
 
 
-def of_adam(found: Hypers, cotangent: Slots, to_grad: Tensor, given: Given, root: Tensor, d: Tensor) -> None:
-    """p' = p − η/c₁ · m'/D with D = √(v' + ρc₂)/√c₂ + ε and cᵢ = 1 − βᵢᵗ; `root` is √(v' + ρc₂), `d` is D.
+def of_adam(found: Hypers, cotangent: Slots, to_grad: Tensor, given: Given) -> None:
+    """p' = p − η/c₁ · m'/D with D = √(v' + ρc₂)/√c₂ + ε and cᵢ = 1 − βᵢᵗ; with amsgrad, the largest v' so far.
 
-    D moves with c₂ by −√(v' + ρc₂)/2c₂√c₂, which is −(D − ε)/2c₂, and by ρ/2√(c₂(v' + ρc₂)).
+    D moves with c₂ by −√(v' + ρc₂)/2c₂√c₂, which is −(D − ε)/2c₂, and by ρ/2√(c₂(v' + ρc₂)). It is computed
+    once more, since an adjoint that held it would take memory where nobody asks.
     """
     param, g, slots, hyper, after = given
-    assert after is not None, "the adjoint of Adam has found them"
     lr, (beta1, beta2), rho, decay = hyper["lr"], hyper["betas"], hyper.get("eps_root"), hyper["weight_decay"]
-    t, before, to_param = int(after["step"].item()), slots or moments(param), cotangent["param"]
+    before, to_param = slots or moments(param), cotangent["param"]
+    if after is None:
+        after = {"step": before["step"] + 1, "exp_avg": before["exp_avg"].lerp(g, 1 - beta1)}
+        v = after["exp_avg_sq"] = before["exp_avg_sq"].mul(beta2).addcmul_(g, g, value=1 - beta2)
+        after["max_exp_avg_sq"] = torch.maximum(before.get("max_exp_avg_sq", v), v)
+    most, t = after["max_exp_avg_sq" if hyper["amsgrad"] else "exp_avg_sq"], int(after["step"].item())
     c1, c2 = 1 - beta1**t, 1 - beta2**t
+    root = (most + rho * c2 if rho else most).sqrt()
+    d = (root / c2**0.5).add_(hyper["eps"])
     by_beta1 = -t * beta1 ** (t - 1) * lr / c1**2
     by_beta2 = -t * beta2 ** (t - 1) * lr / c1 / (2 * c2)
     unit = after["exp_avg"] / d
