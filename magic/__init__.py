@@ -40,6 +40,7 @@ from .evidence.bank import Bank
 from .evidence.comparison import Comparison, compare, lds, leave_one_out
 from .evidence.curvature import Curvature, curvature
 from .evidence.explorer import explore
+from .evidence.judging import Brittleness, Judgement, brittleness, judge
 from .evidence.optimality import Optimality, optimality
 from .evidence.outputs import outputs
 from .evidence.retraining import retrain
@@ -59,10 +60,12 @@ from .training.variants import changed, hyper, tail
 __all__ = [
     "Attribution",
     "Bank",
+    "Brittleness",
     "Comparison",
     "Curvature",
     "Figure",
     "Health",
+    "Judgement",
     "Metagradient",
     "NonFinite",
     "NotDeterministic",
@@ -76,6 +79,7 @@ __all__ = [
     "attribute",
     "baselines",
     "batches",
+    "brittleness",
     "changed",
     "compare",
     "curvature",
@@ -84,6 +88,7 @@ __all__ = [
     "explore",
     "fingerprint",
     "hyper",
+    "judge",
     "lds",
     "leave_one_out",
     "metagradient",

@@ -4,20 +4,18 @@
 
 They look at the trained model, or at a few states on the way to it, and not at the training between
 them: from there they take one step of gradient descent (gradient similarity, TracIn) or of Newton's
-method (TRAK, EK-FAC). All take per-example gradients in eval mode and know nothing of momentum, of
-Adam or of `normalize`. They are scaled to be estimates of the derivative; `magic.lds` judges their
-order alone.
+method (TRAK, EK-FAC). Two go back through the training, with something simpler in the place of its second
+derivatives: SOURCE in a few segments, DVEmb step by step. All take per-example gradients in eval mode and
+know nothing of Adam or of `normalize`. They are scaled to be estimates of the derivative; `magic.lds` judges
+their order alone. Last come controls, which should be beaten by anything: chance, an example's own loss and
+gradient, and how alike two examples are to a model (`embeddings`) or in their words (`bm25`).
 
 All take a run whose data are tensors, and `test`, tensors of the same kinds with K examples first;
 `batch_size` examples are taken together. Values are (K, n). Arguments that do not fit raise ValueError or
-TypeError, and a missing library ImportError. TRAK and EK-FAC, computed by their authors' libraries,
-have modules of their own.
+TypeError, and a missing library ImportError. TRAK and EK-FAC are computed by their authors' libraries.
 """
 
 from __future__ import annotations
-
-import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +25,17 @@ from ..attribution import Attribution
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
+from .controls import bm25, embeddings, gradient_norm, loss, random_scores
+from .dvemb import dvemb
 from .ekfac import ekfac
-from .estimates import Tensors, checked, estimate, in_batches, losses_of
+from .estimates import Tensors, checked, estimate, gradients
+from .source import source
 from .trak import trak
 
-__all__ = ["ekfac", "gradient_similarity", "tracin", "trak"]
+__all__ = [
+    "bm25", "dvemb", "ekfac", "embeddings", "gradient_norm", "gradient_similarity", "loss", "random_scores",
+    "source", "tracin", "trak",
+]  # fmt: skip
 
 
 def gradient_similarity(run: Run, test: Tensors, state: State, *, cosine=False, batch_size=64) -> Attribution:
@@ -70,28 +74,6 @@ def tracin(run: Run, test: Tensors, states: list[State], *, batch_size=64) -> At
     return estimate(run, test, states[-1], -run.steps / (len(states) * run.n) * total)
 
 
-def _gradients(run: Run, state: State, examples: Tensors, size: int) -> Iterator[Tensor]:
-    """Yield the gradients of the examples' losses, in eval mode: (at most `size`, parameters) at a time.
-
-    They are taken together by vmap, or one by one, with a warning, where an operation cannot be batched.
-    """
-
-    def loss(params, *example):
-        one = [x.unsqueeze(0) for x in example]
-        return run.measured(lambda model: losses_of(run, model, tuple(one)), params, state.buffers)[0]
-
-    def flat(*example):
-        return torch.cat([g.flatten() for g in torch.func.grad(loss)(state.params, *example).values()])
-
-    for batch in in_batches(run, examples, size):
-        try:
-            gradients = torch.vmap(flat, randomness="different")(*batch)
-        except RuntimeError as error:
-            warnings.warn(f"examples are differentiated one by one, which is slower: {error}", stacklevel=4)
-            gradients = torch.stack([flat(*example) for example in zip(*batch, strict=True)])
-        yield gradients
-
-
 def _products(run: Run, test: Tensors, state: State, size: int, *, rates=None, cosine=False) -> Tensor:
     """(K, n): g_k·g_i over test and training examples, with each parameter's part times its rate.
 
@@ -102,8 +84,8 @@ def _products(run: Run, test: Tensors, state: State, size: int, *, rates=None, c
     scale = torch.cat([torch.full_like(p, rates[name]).flatten() for name, p in state.params.items()])
     unit, rows = F.normalize if cosine else nn.Identity(), []
     with determinism.alone():
-        for left in _gradients(run, state, test, size):
+        for left in gradients(run, state, test, size):
             left = unit(left * scale)
-            row = [left @ unit(right).T for right in _gradients(run, state, run.data, size)]
+            row = [left @ unit(right).T for right in gradients(run, state, run.data, size)]
             rows.append(torch.cat(row, dim=1))
     return torch.cat(rows)

@@ -45,30 +45,41 @@ def ekfac(
     test, (state,) = checked(run, test, [state], batch_size)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    layers, classes = _layers(run, state, test), classes_of(run, test, state)
-    empirical, train = isinstance(classes, str), TensorDataset(*run.data)
+    layers, classes = layers_of(run, state, test), classes_of(run, test, state)
     with quietly() as folder, determinism.alone(run.seed):
-        library, arguments = (
-            needs(f"kronfluence.{part}", "baselines", "EK-FAC needs") for part in ("analyzer", "arguments")
-        )
-        task = _task(run, layers, classes)
-        model = library.prepare_model(_linear(run.model(state)), task)
-        on_cpu = run.device.type == "cpu"
-        analyzer = library.Analyzer("run", model, task, on_cpu, disable_tqdm=True, output_dir=folder)
-        kinds = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
-        options = {f"{kind}_dtype": run.dtype for kind in kinds}
-        options = arguments.FactorArguments(strategy=strategy, use_empirical_fisher=empirical, **options)
-        analyzer.fit_all_factors("factors", train, batch_size, factor_args=options)
+        analyzer = fit(run, state, layers, classes, folder, (strategy, batch_size))
         options = {f"{kind}_dtype": run.dtype for kind in ("per_sample_gradient", "precondition", "score")}
-        options = arguments.ScoreArguments(damping_factor=damping, **options)
+        options = _library("arguments").ScoreArguments(damping_factor=damping, **options)
+        both = TensorDataset(*test), TensorDataset(*run.data)
         analyzer.compute_pairwise_scores(
-            "scores", "factors", TensorDataset(*test), train, batch_size, batch_size, score_args=options
+            "scores", "factors", *both, batch_size, batch_size, score_args=options
         )
         scores = analyzer.load_pairwise_scores("scores")["all_modules"]
     return estimate(run, test, state, -scores / run.n)
 
 
-def _layers(run: Run, state: State, test: Tensors) -> list[str]:
+def fit(
+    run: Run, state: State, layers: list[str], classes: Classes | str, folder: str, how: tuple[str, int]
+) -> Any:
+    """kronfluence's Analyzer, which has written the factors of these layers at this state into `folder`,
+    under the name "factors"; `how` is the strategy and the batch size."""
+    library, task, on_cpu = _library("analyzer"), _task(run, layers, classes), run.device.type == "cpu"
+    model = library.prepare_model(_linear(run.model(state)), task)
+    analyzer = library.Analyzer("run", model, task, on_cpu, disable_tqdm=True, output_dir=folder)
+    kinds = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+    options = {f"{kind}_dtype": run.dtype for kind in kinds} | {
+        "use_empirical_fisher": isinstance(classes, str)
+    }
+    options = _library("arguments").FactorArguments(strategy=how[0], **options)
+    analyzer.fit_all_factors("factors", TensorDataset(*run.data), how[1], factor_args=options)
+    return analyzer
+
+
+def _library(part: str) -> Any:
+    return needs(f"kronfluence.{part}", "baselines", "EK-FAC needs")
+
+
+def layers_of(run: Run, state: State, test: Tensors) -> list[str]:
     """Names of the trained layers that kronfluence covers; ValueError if the loss calls one of them twice."""
     model = _linear(run.model(state))
     calls: Counter[nn.Module] = Counter()

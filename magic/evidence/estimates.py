@@ -72,6 +72,38 @@ def in_batches(run: Run, examples: Tensors, size: int) -> Iterator[Tensors]:
         yield tuple(x.to(run.device) for x in batch)
 
 
+def gradients(run: Run, state: State, examples: Tensors, size: int) -> Iterator[Tensor]:
+    """Yield the gradients of the examples' losses, in eval mode: (at most `size`, parameters) at a time.
+
+    They are taken together by vmap, or one by one, with a warning, where an operation cannot be batched.
+    """
+
+    def loss(params, *example):
+        one = [x.unsqueeze(0) for x in example]
+        return run.measured(lambda model: losses_of(run, model, tuple(one)), params, state.buffers)[0]
+
+    def flat(*example):
+        return torch.cat([g.flatten() for g in torch.func.grad(loss)(state.params, *example).values()])
+
+    for batch in in_batches(run, examples, size):
+        try:
+            gradients = torch.vmap(flat, randomness="different")(*batch)
+        except RuntimeError as error:
+            warnings.warn(f"examples are differentiated one by one, which is slower: {error}", stacklevel=4)
+            gradients = torch.stack([flat(*example) for example in zip(*batch, strict=True)])
+        yield gradients
+
+
+def times(run: Run) -> list[list[float]]:
+    """For each step and parameter group, how far a steady gradient moves a parameter: the rate, and with
+    SGD's momentum μ and dampening δ, which add up to a longer step, the rate times (1 − δ)/(1 − μ)."""
+
+    def time(group: dict) -> float:
+        return group["lr"] * (1 - group.get("dampening", 0.0)) / (1 - group.get("momentum", 0.0))
+
+    return [[time(group) for group in groups] for groups in run.hypers]
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[str]:
     """A temporary folder, and no progress bar, warning, or log handler left behind."""

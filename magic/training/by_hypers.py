@@ -48,10 +48,10 @@ def of_sgd(found: Hypers, cotangent: Slots, to_grad: Tensor, given: Given) -> No
 
 
 def of_adam(found: Hypers, cotangent: Slots, to_grad: Tensor, given: Given) -> None:
-    """p' = p − η/c₁ · m'/D with D = √(v' + ρc₂)/√c₂ + ε and cᵢ = 1 − βᵢᵗ; with amsgrad, the largest v' so far.
+    """p' = p − η/c₁ · m'/D with D = √(v' + ρc₂)/√c₂ + ε and cᵢ = 1 − βᵢᵗ, v' under amsgrad the largest.
 
-    D moves with c₂ by −√(v' + ρc₂)/2c₂√c₂, which is −(D − ε)/2c₂, and by ρ/2√(c₂(v' + ρc₂)). It is computed
-    once more, since an adjoint that held it would take memory where nobody asks.
+    D moves with c₂ by −√(v' + ρc₂)/2c₂√c₂, which is −(D − ε)/2c₂, and by ρ/2√(c₂(v' + ρc₂)). It is
+    computed once more, since an adjoint that held it would take memory where nobody asks.
     """
     param, g, slots, hyper, after = given
     lr, (beta1, beta2), rho, decay = hyper["lr"], hyper["betas"], hyper.get("eps_root"), hyper["weight_decay"]

@@ -29,8 +29,11 @@ METHODS = {
     "tracin": lambda run, test, state: baselines.tracin(run, test, [state]),
     "trak": lambda run, test, state: baselines.trak(run, test, [state]),
     "ekfac": lambda run, test, state: baselines.ekfac(run, test, state),
+    "source": lambda run, test, state: baselines.source(run, test, [state]),
+    "dvemb": lambda run, test, state: baselines.dvemb(run, test, progress=False),
+    "embeddings": lambda run, test, state: baselines.embeddings(run, test, state),
 }
-LIBRARY = {"trak": "trak", "ekfac": "kronfluence"}
+LIBRARY = {"trak": "trak", "ekfac": "kronfluence", "source": "kronfluence"}
 ALL = [pytest.param(name, marks=[needs(LIBRARY[name])] if name in LIBRARY else []) for name in METHODS]
 
 

@@ -18,7 +18,9 @@ import torch
 import magic
 from magic import subsets, text
 from magic.book import checks, data, models, plot
+from magic.evidence import judging
 from magic.show import DISTRIBUTIONS, Figure
+from tests.evidence.test_controls import texts
 from tests.support import cases
 
 matplotlib.use("agg")
@@ -215,6 +217,11 @@ def estimated(method):
     return method(run, first(run), run.initial)
 
 
+def texts_by_bm25():
+    run = texts()
+    return magic.baselines.bm25(run, (run.data[0][:2],), run.initial)
+
+
 def in_a_wheel(folder):
     """The model of a package that is there."""
     there = SimpleNamespace(submodule_search_locations=[str(folder)])
@@ -232,10 +239,13 @@ CALLS = {
     "evidence.comparison.ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),
     "evidence.comparison.frame": lambda folder: compared().frame(),
     "evidence.comparison.spearman": lambda folder: compared().per_target,
+    "evidence.controls.bm25": lambda folder: texts_by_bm25(),
+    "evidence.ekfac._library": lambda folder: estimated(magic.baselines.ekfac),
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
-    "evidence.ekfac.ekfac": lambda folder: estimated(magic.baselines.ekfac),
     "evidence.explorer._drawn": lambda folder: shown(torch.rand(3, 4, 4)),
     "evidence.explorer_widgets.__init__": lambda folder: magic.explore(scored()).live(),
+    "evidence.judging._area": lambda folder: judging._area(torch.arange(4) == 1, torch.rand(4), 0),
+    "evidence.judging.frame": lambda folder: magic.Judgement({}, {}, {}).frame(),
     "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
     "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
     "workers.count": lambda folder: magic.workers.count(2),

@@ -39,9 +39,10 @@ ORDER = [
     "engine.folder", "engine.resume", "engine.listeners", "engine.finders", "engine.replay",
     "subsets", "points", "saved", "workers", "shares", "attribution", "metagradients",
     "evidence.together", "evidence.retraining", "evidence.rows", "evidence.bank", "evidence.outputs",
-    "evidence.comparison",
+    "evidence.comparison", "evidence.judging",
     "evidence.verification", "evidence.optimality", "evidence.curvature", "evidence.smoothness",
-    "evidence.estimates", "evidence.classes", "evidence.trak", "evidence.ekfac", "evidence.baselines",
+    "evidence.estimates", "evidence.classes", "evidence.trak", "evidence.ekfac",
+    "evidence.controls", "evidence.source", "evidence.dvemb", "evidence.baselines",
     "evidence.explorer_widgets", "evidence.explorer",
     "text.losses", "text.packing", "text.loading", "text.passages",
 ]  # fmt: skip
