@@ -37,8 +37,9 @@ def source(run: Run, test: Tensors, states: list[State], *, pace: float = 1.0, b
     pace    a factor on the rates, to be tuned for an optimizer that is not gradient descent: with momentum
             μ, SGD's rates are taken as η/(1 − μ), those of others as they are
 
-    Only the layers are covered that `ekfac` covers; it costs one of its fits for each state. Raises
-    ValueError and ImportError as `ekfac` does, and ValueError unless pace > 0.
+    Only the layers are covered that `ekfac` covers; it costs one of its fits for each state. Of a weight that
+    an embedding shares the gradient is that of both uses. Raises ValueError and ImportError as `ekfac` does,
+    and ValueError unless pace > 0.
     """
     test, states = checked(run, test, states, batch_size)
     if not pace > 0:
@@ -67,7 +68,7 @@ def _segments(
     if steps != sorted(set(steps)):
         raise ValueError(f"the states are those of steps {steps}: give each once, in the order of the run")
     ends = [0, *((a + b) // 2 for a, b in pairwise(steps)), run.steps]
-    groups = {layer: run.group_of[f"{layer}.weight"] for layer in layers}
+    groups = {layer: run.group_of[_name(run, layer)] for layer in layers}
     all_times, found = times(run), []
     for state, (a, b) in zip(states, pairwise(ends), strict=True):
         time = {k: pace * sum(t[g] for t in all_times[a:b]) for k, g in groups.items()}
@@ -113,8 +114,8 @@ def _batches(run: Run, state: State, examples: Tensors, layers: list[str], size:
         by_name = dict(zip(state.params, flat.split(widths, dim=1), strict=True))
         blocks = {}
         for layer in layers:
-            weight = state.params[f"{layer}.weight"]
-            block = by_name[f"{layer}.weight"].view(len(flat), *weight.shape)
+            name = _name(run, layer)
+            block = by_name[name].view(len(flat), *state.params[name].shape)
             block = block.transpose(1, 2) if _transposed(run, layer) else block.flatten(2)
             if f"{layer}.bias" in by_name:
                 block = torch.cat([block, by_name[f"{layer}.bias"].unsqueeze(2)], dim=2)
@@ -126,6 +127,12 @@ def _gather(run: Run, state: State, examples: Tensors, layers: list[str], size: 
     """The gradients of all the examples, by layer."""
     parts = [blocks for _, blocks in _batches(run, state, examples, layers, size)]
     return {name: torch.cat([blocks[name] for blocks in parts]) for name in layers}
+
+
+def _name(run: Run, layer: str) -> str:
+    """The name of the layer's weight among the run's parameters; a tied one has that of its first owner."""
+    weight = run.network.module.get_submodule(layer).weight
+    return next(name for name, p in run.network.module.named_parameters() if p is weight)
 
 
 def _transposed(run: Run, layer: str) -> bool:

@@ -92,3 +92,32 @@ def test_what_does_not_fit_is_told():
         baselines.source(run, first(run), states, pace=0)
     with pytest.raises(ValueError, match=r"steps \[10, 5\]: give each once"):
         baselines.source(run, first(run), [states[1], states[0]])
+
+
+@pytest.mark.parametrize("name", ["tied-embedding", "batchnorm-conv", "frozen-and-unused"])
+def test_other_layers_and_tied_weights(name):
+    run, *_ = cases.build(name)
+    final = run.train(progress=False)
+    scores = baselines.source(run, first(run), [run.step(run.initial, run.weights()), final])
+    assert scores.values.isfinite().all() and scores.values.abs().max() > 0
+
+
+def test_a_language_model_of_transformers():
+    """Its Conv1D layers keep their weights the other way round, and its head shares the embedding's."""
+    pytest.importorskip("transformers")
+    from tests.experiments import language_sweep
+
+    tokens = torch.randint(0, 12, (500, 25), generator=torch.Generator().manual_seed(0))
+    run = language_sweep.language_run(12, tokens, 160, 1e-6, 0.0)
+    run.batches, run.hypers = run.batches[:2], run.hypers[:2]
+    final = run.train(progress=False)
+    small = baselines.source(run, (tokens[:2],), [final], pace=1e-6).values / 1e-6
+    layers = source.layers_of(run, final, (tokens[:2],))
+    assert "lm_head" in layers and "transformer.h.0.attn.c_attn" in layers
+    names = {source._name(run, layer) for layer in layers}
+    names |= {name.replace("weight", "bias") for name in names}
+    ours, theirs = (
+        gradients(run, final, x, [k for k in final.params if k in names]) for x in ((tokens[:2],), (tokens,))
+    )
+    rate = sum(groups[0]["lr"] for groups in run.hypers)
+    torch.testing.assert_close(small, -rate * ours @ theirs.T / 500, rtol=1e-3, atol=1e-6)

@@ -55,10 +55,8 @@ class Net(nn.Sequential):
 RECIPES = {
     "average pooling": {},
     "maximum pooling": {"pool": nn.MaxPool2d},
-    "maximum pooling, rate × 2": {"pool": nn.MaxPool2d, "rate": 0.1},
     "maximum pooling, rate × 4": {"pool": nn.MaxPool2d, "rate": 0.2},
     "rate × 8": {"rate": 0.4},
-    "rate × 4, batches of 20": {"rate": 0.2, "size": 20, "epochs": 2},
 }
 
 
@@ -66,12 +64,12 @@ def loss(model, x, y):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def recipe(start: int, pool=nn.AvgPool2d, rate=0.05, size=100, epochs=8):
+def recipe(start: int, pool=nn.AvgPool2d, rate=0.05):
     x, y, x_test, y_test = data.digits(train=800, test=500)
     torch.manual_seed(start)
     model = Net(pool).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    batches = magic.batches(len(x), size=size, epochs=epochs)
+    batches = magic.batches(len(x), size=100, epochs=8)
     scheduler = models.triangle(optimizer, len(batches))
     run = magic.Run(model, optimizer, (x.double(), y), loss, batches, scheduler=scheduler)
     return run, (x_test.double(), y_test)
@@ -98,9 +96,9 @@ def rescues(run: magic.Run, measure) -> dict:
 
 
 def corrected(run: magic.Run, measure, values: Tensor, base: Tensor) -> Tensor:
-    """(K, n): scaled values, and a ridge on what they leave of retrainings with other sets than the judge's."""
+    """(K, n): scaled values, and a ridge on what they leave of retrainings without other sets."""
     weights = subsets.random(run.n, DROP, FITTED, seed=5)
-    true = magic.outputs(run, measure, weights, progress=False).double() - base
+    true = magic.outputs(run, measure, weights, jobs=1, progress=False).double() - base
     moved, found = (weights - 1).double().numpy(), []
     for own, outcome in zip(values.double().numpy(), true.numpy().T, strict=True):
         told = moved @ own
@@ -125,7 +123,8 @@ def cell(name: str, start: int) -> list[dict]:
     with torch.no_grad():
         accuracy = (run.model(final).eval()(x_test).argmax(1) == y_test).double().mean().item()
     sets = subsets.random(run.n, DROP, SETS, seed=0)
-    true = magic.outputs(run, measure, torch.cat([torch.ones(1, run.n), sets]), progress=False).double()
+    weights = torch.cat([torch.ones(1, run.n), sets])
+    true = magic.outputs(run, measure, weights, jobs=1, progress=False).double()
     moves = max(magic.attribute(run, measure, progress=False).health.moves)
     found, cost = {}, {}
     for rescue, compute in rescues(run, measure).items():
