@@ -5,6 +5,8 @@ Source: Wang et al. 2024, arXiv 2412.09538, sections 3 and 4.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
 from .estimates import Tensors, checked, estimate, gradients, times
+
+GROWTH = 100  # of what is pulled back: the training itself shrinks it, or leaves it as it is
 
 
 def dvemb(run: Run, test: Tensors, *, pace: float = 1.0, batch_size=64, progress: bool = True) -> Attribution:
@@ -31,7 +35,8 @@ def dvemb(run: Run, test: Tensors, *, pace: float = 1.0, batch_size=64, progress
               μ, SGD's rates are taken as η/(1 − μ), those of others as they are
     progress  whether a bar is shown
 
-    All T states of the run are held. Raises ValueError unless pace > 0.
+    All T states of the run are held. Warns where the recursion grows beyond bounds, as it does if the rates
+    are too large for the curvature that the gradients stand for. Raises ValueError unless pace > 0.
     """
     if not pace > 0:
         raise ValueError(f"pace={pace!r}: a positive factor on the rates")
@@ -43,6 +48,7 @@ def dvemb(run: Run, test: Tensors, *, pace: float = 1.0, batch_size=64, progress
     test, (final,) = checked(run, test, [states.pop()], batch_size)
     with determinism.alone(), bar(run.steps, "embed", progress) as shown:
         pulled = torch.cat(list(gradients(run, final, test, batch_size)))
+        size = pulled.norm().item()
         values = torch.zeros(len(pulled), run.n, dtype=run.dtype, device=run.device)
         rates = times(run)
         while states:
@@ -50,6 +56,13 @@ def dvemb(run: Run, test: Tensors, *, pace: float = 1.0, batch_size=64, progress
             by_group = [pace * rate for rate in rates[state.step]]
             _pull(run, state, pulled, values, by_group, batch_size)
             shown.update()
+    grown = pulled.norm().item() / (size + 1e-300)
+    if not grown <= GROWTH:
+        warnings.warn(
+            f"what DVEmb pulls back has grown {grown:.0e} times: at pace={pace:g} some step overshoots along "
+            "the gradients of its batch, and the values mean nothing. Lower the pace",
+            stacklevel=2,
+        )
     return estimate(run, test, final, values)
 
 

@@ -30,7 +30,7 @@ METHODS = {
     "trak": lambda run, test, state: baselines.trak(run, test, [state]),
     "ekfac": lambda run, test, state: baselines.ekfac(run, test, state),
     "source": lambda run, test, state: baselines.source(run, test, [state]),
-    "dvemb": lambda run, test, state: baselines.dvemb(run, test, progress=False),
+    "dvemb": lambda run, test, state: baselines.dvemb(run, test, pace=0.3, progress=False),
     "embeddings": lambda run, test, state: baselines.embeddings(run, test, state),
 }
 LIBRARY = {"trak": "trak", "ekfac": "kronfluence", "source": "kronfluence"}

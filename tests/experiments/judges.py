@@ -88,7 +88,7 @@ def candidates(name: str, make, run: magic.Run, test: tuple) -> dict[str, dict[s
     final = states[-1] if states[-1].step == run.steps else run.train(progress=False)
     three = [states[1], states[3], final]
     starts = [make(start)[0].train(progress=False) for start in range(1, 5)]
-    paces = (0.1, 0.3, 1.0) if name != "language" else (1.0, 10.0, 100.0)
+    paces = (0.1, 0.3, 1.0) if name != "language" else (10.0, 100.0, 1000.0)
     dims = (64, 128, run.n // 4)
     found = {
         "EK-FAC": {
