@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attribution import Attribution
 from ..show import needs
 from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
+from .ekfac import is_conv1d
 from .estimates import Tensors, checked, estimate, gradients, in_batches, losses_of
 
 
@@ -60,10 +61,9 @@ def embeddings(
     named = dict(model.named_modules())
     if layer is not None and layer not in named:
         raise ValueError(f"layer={layer!r}: the model has no module of that name")
-    linear = ("Linear", "Conv1D")
     seen: list[Tensor] = []
     for module in [named[layer]] if layer is not None else named.values():
-        if layer is not None or type(module).__name__ in linear:
+        if layer is not None or type(module) is nn.Linear or is_conv1d(module):
             module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
 
     def seen_of(examples: Tensors) -> Tensor:

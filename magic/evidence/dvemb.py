@@ -26,10 +26,10 @@ def dvemb(run: Run, test: Tensors, *, pace: float = 1.0, batch_size=64, progress
         values[k, i] = −Σ_t (η_t/B) q_t · g_i(θ_t) over the steps t with example i in the batch,
         q_{t-1} = q_t − (η_t/B) Σ_j (q_t · g_j(θ_t)) g_j(θ_t) over the batch,
 
-    with q_T the gradient of the test example. It is REPLAY for plain gradient descent, with the batch's sum
-    of g gᵀ in the place of its Hessian matrix. The paper keeps an embedding of every example at every step,
-    so that test examples may come later; here the K test gradients go back instead, which gives the same
-    numbers and takes K gradients and the states of the run.
+    with q_T the gradient of the test example. It is REPLAY for plain gradient descent, with the mean of g gᵀ
+    over the batch in the place of its Hessian matrix. The paper keeps an embedding of every example at every
+    step, so that test examples may come later; here the K test gradients go back instead, which gives the
+    same numbers and takes K gradients and the states of the run.
 
     pace      a factor on the rates, to be tuned for an optimizer that is not gradient descent: with momentum
               μ, SGD's rates are taken as η/(1 − μ), those of others as they are

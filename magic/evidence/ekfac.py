@@ -101,11 +101,16 @@ def layers_of(run: Run, state: State, test: Tensors) -> list[str]:
     return list(layers)
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, an nn.Linear that keeps its weight as (in, out)."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def _linear(model: nn.Module) -> nn.Module:
     """The model with nn.Linear in place of each Conv1D of transformers, which is that with W transposed."""
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            if is_conv1d(layer):
                 conv: Any = layer
                 inputs, outputs = conv.weight.shape
                 linear = nn.Linear(inputs, outputs, device=conv.weight.device, dtype=conv.weight.dtype)

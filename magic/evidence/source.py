@@ -5,6 +5,7 @@ Source: Bae et al. 2024, arXiv 2405.12186, sections 3 and 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from ..training import determinism
 from ..training.run import Run
 from ..training.state import State
 from .classes import classes_of
-from .ekfac import fit, layers_of
+from .ekfac import fit, is_conv1d, layers_of
 from .estimates import Tensors, checked, estimate, gradients, quietly, times
 
 Blocks = dict[str, Tensor]  # layer -> (rows, out, in), with the bias as the last column
@@ -52,10 +53,11 @@ def source(run: Run, test: Tensors, states: list[State], *, pace: float = 1.0, b
             factors = _factors(run, state, layers, classes, batch_size)
             filtered, kept = _through(pulled, factors, time, decay)
             done = 0
-            for size, own in _batches(run, state, run.data, layers, batch_size):
-                for name, g in own.items():
-                    values[:, done : done + size] -= filtered[name].flatten(1) @ g.flatten(1).T / run.n
-                done += size
+            for own in _batches(run, state, run.data, layers, batch_size):
+                products = [filtered[name].flatten(1) @ g.flatten(1).T for name, g in own.items()]
+                until = done + products[0].shape[1]
+                values[:, done:until] -= torch.stack(products).sum(0) / run.n
+                done = until
             pulled = kept
     return estimate(run, test, states[-1], values)
 
@@ -107,25 +109,25 @@ def _through(pulled: Blocks, factors: dict, time: dict, decay: dict) -> tuple[Bl
     return filtered, kept
 
 
-def _batches(run: Run, state: State, examples: Tensors, layers: list[str], size: int):
-    """How many examples, and their gradients by layer."""
+def _batches(run: Run, state: State, examples: Tensors, layers: list[str], size: int) -> Iterator[Blocks]:
+    """The gradients of the examples, a batch at a time. What is not trained has the gradient 0."""
     widths = [p.numel() for p in state.params.values()]
     for flat in gradients(run, state, examples, size):
-        by_name = dict(zip(state.params, flat.split(widths, dim=1), strict=True))
-        blocks = {}
+        by_name, blocks = dict(zip(state.params, flat.split(widths, dim=1), strict=True)), {}
         for layer in layers:
-            name = _name(run, layer)
+            name, module = _name(run, layer), run.network.module.get_submodule(layer)
             block = by_name[name].view(len(flat), *state.params[name].shape)
-            block = block.transpose(1, 2) if _transposed(run, layer) else block.flatten(2)
-            if f"{layer}.bias" in by_name:
-                block = torch.cat([block, by_name[f"{layer}.bias"].unsqueeze(2)], dim=2)
+            block = block.transpose(1, 2) if is_conv1d(module) else block.flatten(2)
+            if module.bias is not None:
+                bias = by_name.get(f"{layer}.bias", torch.zeros_like(block[:, :, 0]))
+                block = torch.cat([block, bias.unsqueeze(2)], dim=2)
             blocks[layer] = block
-        yield len(flat), blocks
+        yield blocks
 
 
 def _gather(run: Run, state: State, examples: Tensors, layers: list[str], size: int) -> Blocks:
     """The gradients of all the examples, by layer."""
-    parts = [blocks for _, blocks in _batches(run, state, examples, layers, size)]
+    parts = list(_batches(run, state, examples, layers, size))
     return {name: torch.cat([blocks[name] for blocks in parts]) for name in layers}
 
 
@@ -133,8 +135,3 @@ def _name(run: Run, layer: str) -> str:
     """The name of the layer's weight among the run's parameters; a tied one has that of its first owner."""
     weight = run.network.module.get_submodule(layer).weight
     return next(name for name, p in run.network.module.named_parameters() if p is weight)
-
-
-def _transposed(run: Run, layer: str) -> bool:
-    """Whether the layer keeps its weight as (in, out), as transformers' Conv1D does."""
-    return type(run.network.module.get_submodule(layer)).__name__ == "Conv1D"

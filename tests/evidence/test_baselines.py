@@ -13,7 +13,6 @@ from torch import nn
 
 import magic
 from magic import baselines
-from magic.book import data, models
 from magic.evidence import ekfac
 from magic.evidence.classes import Classes, classes_of
 from tests.support import cases
@@ -49,14 +48,6 @@ def first(run, count=3):
     return tuple(x[:count] for x in run.data)
 
 
-def states_of(run, every):
-    state, weights, states = run.initial, run.weights(), []
-    while state.step < run.steps:
-        state = run.step(state, weights)
-        states += [state] if state.step % every == 0 else []
-    return states
-
-
 def gradient(run, state, example, names=None):
     """The flat gradient of one example's loss in eval mode, as a user would take it."""
     model = run.model(state)
@@ -69,22 +60,6 @@ def gradient(run, state, example, names=None):
 
 def gradients(run, state, examples, names=None):
     return torch.stack([gradient(run, state, example, names) for example in zip(*examples, strict=True)])
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """A run on digits, its test batch, five states on its way, and the exact scores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    x, y, x_test, y_test = data.digits(300, 20)
-    torch.manual_seed(0)
-    model = models.MLP((64, 32, 10))
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(300, 50, 10))
-    test = (x_test, y_test)
-    exact = magic.attribute(run, lambda model: cases.loss(model, *test), progress=False)
-    yield run, test, states_of(run, 12), exact
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +125,7 @@ def test_gradient_similarity_is_the_double_loop(name):
 @pytest.mark.parametrize("name", ["sgd", "two-groups-onecycle"])
 def test_tracin_is_the_loop(name):
     run, *_ = cases.build(name)
-    states = [run.initial, *states_of(run, 5)]
+    states = [run.initial, *cases.states_of(run, 5)]
     assert [state.step for state in states] == [0, 5, 10, 15]
     expected = torch.zeros(3, run.n, dtype=torch.float64)
     for state, t in zip(states, [0, 4, 9, 14], strict=True):
@@ -168,7 +143,7 @@ def test_tracin_becomes_exact_as_the_rate_goes_to_zero():
     model = cases.mlp().double()
     run = magic.Run(model, cases.sgd(1e-6)(model), cases.data(), cases.loss, cases.order())
     exact = magic.attribute(run, cases.measure_on(*run.data), progress=False)
-    scores = baselines.tracin(run, first(run), states_of(run, 4))
+    scores = baselines.tracin(run, first(run), cases.states_of(run, 4))
     assert exact.values.abs().max() > 1e-9
     torch.testing.assert_close(scores.values, exact.values, rtol=1e-3, atol=1e-12)
 

@@ -7,7 +7,6 @@ import torch
 
 import magic
 from magic import baselines
-from magic.book import data, models
 from tests.evidence.test_baselines import first, gradients, regression
 from tests.support import cases
 
@@ -56,14 +55,10 @@ def test_pace_is_a_factor_on_the_rates():
         baselines.dvemb(run, first(run), pace=-1)
 
 
-def test_a_pace_that_overshoots_is_told():
-    x, y, *test = data.digits(300, 20)
-    torch.manual_seed(0)
-    model = models.MLP((64, 32, 10))
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(300, 50, 10))
+def test_a_pace_that_overshoots_is_told(digits):
+    run, test, *_ = digits
     with pytest.warns(UserWarning, match=r"grown .* times: at pace=1 some step overshoots"):
-        baselines.dvemb(run, tuple(test), progress=False)
+        baselines.dvemb(run, test, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        baselines.dvemb(run, tuple(test), pace=0.3, progress=False)
+        baselines.dvemb(run, test, pace=0.3, progress=False)

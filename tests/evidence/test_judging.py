@@ -5,7 +5,6 @@ import torch
 
 import magic
 from magic import baselines, subsets
-from magic.book import data, models
 from magic.evidence import judging
 from tests.evidence.test_baselines import needs
 from tests.support import cases
@@ -14,21 +13,14 @@ FEW = {"drop": 0.1, "subsets": 8, "examples": 6, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def judged():
-    """Scores, those of chance, a bank, and what the judges say of both."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    x, y, x_test, y_test = data.digits(120, 5)
-    torch.manual_seed(0)
-    model = models.MLP((64, 16, 10))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(120, 30, 5))
-    scores = magic.attribute(run, lambda model: cases.loss(model, x_test, y_test), progress=False)
-    chance = scores.like(baselines.random_scores(run, (x_test, y_test), run.train(progress=False)).values)
+def judged(digits):
+    """Scores of five targets, those of chance, a bank, and what the judges say of both."""
+    run, (x_test, y_test), states, _ = digits
+    test = x_test[:5], y_test[:5]
+    scores = magic.attribute(run, lambda model: cases.loss(model, *test), progress=False)
+    methods = {"MAGIC": scores, "chance": scores.like(baselines.random_scores(run, test, states[-1]).values)}
     bank = magic.Bank(":memory:", run, scores.measure)
-    methods = {"MAGIC": scores, "chance": chance}
-    yield methods, bank, magic.judge(methods, bank=bank, planted=[3, 50], **FEW)
-    torch.set_num_threads(before)
+    return methods, bank, magic.judge(methods, bank=bank, planted=[3, 50], **FEW)
 
 
 def test_the_figures_are_those_of_the_other_functions(judged):
@@ -46,10 +38,10 @@ def test_the_top_is_removed_for_each_target(judged):
     scores = methods["MAGIC"]
     run, measure, mine = scores.run, scores.measure, []
     for k, row in enumerate(scores.values):
-        weights = torch.ones(120)
-        weights[row.argsort()[:12]] = 0
+        weights = torch.ones(300)
+        weights[row.argsort()[:30]] = 0
         mine.append(magic.outputs(run, measure, weights, progress=False)[k])
-    at_random = magic.outputs(run, measure, subsets.random(120, 0.1, 8), progress=False)
+    at_random = magic.outputs(run, measure, subsets.random(300, 0.1, 8), progress=False)
     expected = torch.stack(mine).mean() - at_random.mean()
     figure = said.removed["MAGIC"]
     assert figure.mean == pytest.approx(expected.item(), rel=1e-5) and figure.mean > 0
@@ -61,8 +53,8 @@ def test_planted_examples_are_found_by_their_sum(judged):
     methods, _, said = judged
     for name, scores in methods.items():
         order = scores.values.sum(0)
-        others = [i for i in range(120) if i not in (3, 50)]
-        above = sum((order[i] > order[j]).item() for i in (3, 50) for j in others) / (2 * 118)
+        others = [i for i in range(300) if i not in (3, 50)]
+        above = sum((order[i] > order[j]).item() for i in (3, 50) for j in others) / (2 * 298)
         assert said.planted[name].mean == pytest.approx(above)
         assert said.planted[name].low <= above <= said.planted[name].high
 
@@ -83,11 +75,11 @@ def test_brittleness_removes_what_holds_an_output(judged):
     methods, _, _ = judged
     scores = methods["MAGIC"]
     threshold = scores.outputs.median().item() + 1e-4  # some are below it, and some above
-    found = magic.brittleness(scores, (24, 1, 6), threshold, progress=False)
-    assert found.counts == (1, 6, 24) and found.outputs.shape == (3, 5)
+    found = magic.brittleness(scores, (60, 1, 6), threshold, progress=False)
+    assert found.counts == (1, 6, 60) and found.outputs.shape == (3, 5)
     for k, row in enumerate(scores.values):
         above = scores.outputs[k] > threshold
-        weights = torch.ones(120)
+        weights = torch.ones(300)
         weights[row.argsort(descending=bool(above))[:6]] = 0
         one = magic.outputs(scores.run, scores.measure, weights, progress=False)[k]
         assert one == found.outputs[1, k]
@@ -96,7 +88,7 @@ def test_brittleness_removes_what_holds_an_output(judged):
         ]
         assert found.needed[k].item() == min(passed, default=torch.inf)
     assert found.needed.isfinite().any()
-    assert found.rows()[2] == ("without 24 examples", f"{(found.needed <= 24).double().mean():.2f}")
+    assert found.rows()[2] == ("without 60 examples", f"{(found.needed <= 60).double().mean():.2f}")
     assert "5 targets" in repr(found)
 
 
@@ -111,7 +103,7 @@ def test_what_does_not_fit_is_told(judged):
         ValueError, match="'double' is of another run or measures something else than 'MAGIC'"
     ):
         magic.judge(methods | {"double": other})
-    with pytest.raises(ValueError, match="at least 1 and less than n=120"):
+    with pytest.raises(ValueError, match="at least 1 and less than n=300"):
         magic.brittleness(methods["MAGIC"], (0, 5))
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import magic
 from magic import baselines
 from magic.evidence import source
-from tests.evidence.test_baselines import first, gradients, needs, regression, states_of
+from tests.evidence.test_baselines import first, gradients, needs, regression
 from tests.support import cases
 
 pytestmark = needs("kronfluence")
@@ -21,7 +21,7 @@ def flat(blocks):
 
 def test_the_formula_of_the_paper_with_dense_matrices():
     run = regression()
-    states, layers = states_of(run, 7), ["0", "2"]
+    states, layers = cases.states_of(run, 7), ["0", "2"]
     assert [state.step for state in states] == [7, 14] and run.steps == 15
     final = run.train(progress=False)
     states = [states[0], final]
@@ -55,12 +55,13 @@ def test_the_formula_of_the_paper_with_dense_matrices():
 def test_a_short_time_is_one_step_of_gradient_descent():
     """Where nothing has time to bend, what is left is TracIn over the same states."""
     run = regression()
-    states = states_of(run, 5)
+    states = cases.states_of(run, 5)
     scores = baselines.source(run, first(run), states, pace=1e-6).values / 1e-6
     ours = gradients(run, states[-1], first(run))
     expected = torch.zeros_like(scores)
     for state, steps in zip(states, (7, 5, 3), strict=True):
         expected -= 0.05 * steps * ours @ gradients(run, state, run.data).T / 30
+    assert expected.abs().max() > 1e-3
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
 
 
@@ -74,7 +75,7 @@ def test_the_derivative_of_training_where_the_curvature_is_constant(steps):
     model = nn.Sequential(nn.Linear(6, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.8, weight_decay=decay)
     run = magic.Run(model, optimizer, (x, y), cases.loss, magic.batches(n, n, steps))
-    states, test = states_of(run, steps // 3), first(run, 8)
+    states, test = cases.states_of(run, steps // 3), first(run, 8)
     scores = baselines.source(run, test, states).values
     true = magic.attribute(run, cases.measure_on(x, y, 8), progress=False).values
     assert torch.corrcoef(torch.stack([scores.flatten(), true.flatten()]))[0, 1] > 0.98
@@ -87,7 +88,7 @@ def test_the_derivative_of_training_where_the_curvature_is_constant(steps):
 
 def test_what_does_not_fit_is_told():
     run = regression()
-    states = states_of(run, 5)
+    states = cases.states_of(run, 5)
     with pytest.raises(ValueError, match="pace=0: a positive factor"):
         baselines.source(run, first(run), states, pace=0)
     with pytest.raises(ValueError, match=r"steps \[10, 5\]: give each once"):
@@ -120,4 +121,5 @@ def test_a_language_model_of_transformers():
         gradients(run, final, x, [k for k in final.params if k in names]) for x in ((tokens[:2],), (tokens,))
     )
     rate = sum(groups[0]["lr"] for groups in run.hypers)
+    assert small.abs().max() > 1e-4
     torch.testing.assert_close(small, -rate * ours @ theirs.T / 500, rtol=1e-3, atol=1e-6)

@@ -12,7 +12,6 @@ is not made again.
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import magic
 from magic import baselines, subsets
 from magic.book import data, models
 from magic.evidence.comparison import Comparison
-from tests.experiments import language_sweep
+from tests.experiments import kept, language_sweep
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "10_is_it_right_judges.csv"
 TARGETS, SETS, DROP, SINGLE, SEED = 8, 60, 0.05, 30, 0
@@ -62,7 +61,9 @@ def fashion(start: int = 0):
 
 
 def language(start: int = 0):
-    """Chapter 13's recipe on half of its passages, as in its sweep; another start draws other weights."""
+    """Chapter 13's recipe on half of its passages, as in its sweep.
+
+    Another start has the rows of the initial weights in another order."""
     sweep = language_sweep
     train, test, words = data.documentation(
         train=sweep.PASSAGES, test=200, length=sweep.LENGTH, words=sweep.WORDS
@@ -167,8 +168,7 @@ def task(name: str) -> list[dict]:
                 "trainings": round(cost, 1), **figures, "n": run.n, "steps": run.steps,
                 "parameters": sum(p.numel() for p in run.initial.params.values()), "targets": TARGETS,
                 "sets": SETS, "drop": DROP, "single": SINGLE, "seed": SEED,
-                "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
+                **kept.provenance(),
             }
         )  # fmt: skip
     return rows
@@ -176,14 +176,11 @@ def task(name: str) -> list[dict]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(KEPT.open())) if KEPT.exists() else []
+    rows = kept.read(KEPT)
     for name in TASKS:
         if name not in {row["task"] for row in rows}:
             rows += task(name)
-            with KEPT.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
+            kept.write(KEPT, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ are not made again. `--cells N` stops after N.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import time
@@ -26,6 +25,7 @@ import magic
 from magic import subsets, text
 from magic.book import data, models
 from magic.evidence.comparison import Comparison
+from tests.experiments import kept
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "13_language_models_sweep.csv"
 BATCHES, ROOTS, DROPOUTS = (20, 40, 80, 160), (1e-6, 0.0, 1e-8), (0.0, 0.1)
@@ -101,8 +101,7 @@ def cell(batch: int, root: float, dropout: float) -> list[dict]:
                 "high": round(compared.high, 4), "largest_score": f"{scores.values.abs().max().item():.4g}",
                 "moves": f"{max(scores.health.moves):.3g}", "clipped": scores.health.clipped, "sets": SETS,
                 "drop": DROP, "n": run.n, "targets": len(SAYINGS), "seed": 0,
-                "seconds": round(time.perf_counter() - start), "date": time.strftime("%Y-%m-%d"),
-                "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "seconds": round(time.perf_counter() - start), **kept.provenance(),
             }
         )  # fmt: skip
     return rows
@@ -113,16 +112,13 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=None, help="stop after so many")
     limit = parser.parse_args().cells
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(KEPT.open())) if KEPT.exists() else []
+    rows = kept.read(KEPT)
     there = {(int(r["batch"]), float(r["eps_root"]), float(r["dropout"])) for r in rows}
     todo = list(itertools.product(BATCHES, ROOTS, DROPOUTS))
     todo.sort(key=lambda one: sum(a != b for a, b in zip(one, CHAPTER, strict=True)))
     for one in [cell for cell in todo if cell not in there][:limit]:
         rows += cell(*one)
-        with KEPT.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        kept.write(KEPT, COLUMNS, rows)
         print(
             {k: rows[-1][k] for k in ("batch", "eps_root", "dropout", "nats", "lds", "seconds")}, flush=True
         )

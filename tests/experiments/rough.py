@@ -18,7 +18,6 @@ it is done, and a recipe that is there is not made again.
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import magic
 from magic import subsets
 from magic.book import data, models
 from magic.evidence.comparison import Comparison
+from tests.experiments import kept
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "12_how_far_does_a_tangent_reach_rough.csv"
 SETS, DROP, FITTED, MEANS, TARGETS = 60, 0.05, 15, 4, 4
@@ -86,7 +86,6 @@ def rescues(run: magic.Run, measure) -> dict:
     jitters = [1 + sigma * torch.randn(run.n, generator=dice) for _ in range(MEANS)]
     sets = subsets.random(run.n, DROP, MEANS, seed=99)
     return {
-        "w = 1": at,
         "last half": lambda: at(last=run.steps // 2),
         "last quarter": lambda: at(last=run.steps // 4),
         "centre": lambda: at("centre", drop=DROP),
@@ -125,13 +124,14 @@ def cell(name: str, start: int) -> list[dict]:
     sets = subsets.random(run.n, DROP, SETS, seed=0)
     weights = torch.cat([torch.ones(1, run.n), sets])
     true = magic.outputs(run, measure, weights, jobs=1, progress=False).double()
-    moves = max(magic.attribute(run, measure, progress=False).health.moves)
-    found, cost = {}, {}
+    clock = time.process_time()
+    scores = magic.attribute(run, measure, progress=False)
+    moves, plainly = max(scores.health.moves), scores.values.double()
+    found, cost = {"w = 1": plainly}, {"w = 1": (time.process_time() - clock) / plain}
     for rescue, compute in rescues(run, measure).items():
         clock = time.process_time()
         found[rescue] = compute().double()
         cost[rescue] = (time.process_time() - clock) / plain
-    plainly = found["w = 1"]
     for rescue, values in (("w = 1, corrected", plainly), ("retrainings alone", 0 * plainly)):
         cost[rescue] = FITTED + (cost["w = 1"] if values.any() else 0)
         found[rescue] = corrected(run, measure, values, true[0])
@@ -145,8 +145,7 @@ def cell(name: str, start: int) -> list[dict]:
                 "low": round(judged.low, 4), "high": round(judged.high, 4),
                 "trainings": round(cost[rescue], 1), "accuracy": round(accuracy, 4), "moves": f"{moves:.3g}",
                 "n": run.n, "steps": run.steps, "targets": TARGETS, "sets": SETS, "drop": DROP,
-                "seconds": round(time.perf_counter() - begun), "date": time.strftime("%Y-%m-%d"),
-                "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "seconds": round(time.perf_counter() - begun), **kept.provenance(),
             }
         )  # fmt: skip
     return rows
@@ -154,17 +153,14 @@ def cell(name: str, start: int) -> list[dict]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(KEPT.open())) if KEPT.exists() else []
+    rows = kept.read(KEPT)
     there = {(row["recipe"], int(row["start"])) for row in rows}
     for start in range(3):
         for name in RECIPES:
             if (name, start) in there:
                 continue
             rows += cell(name, start)
-            with KEPT.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
+            kept.write(KEPT, COLUMNS, rows)
             here = [row for row in rows if row["recipe"] == name and int(row["start"]) == start]
             print(name, start, here[0]["accuracy"], {row["rescue"]: row["lds"] for row in here}, flush=True)
 

@@ -351,3 +351,12 @@ def _plain_loop(run, model, optimizer, scheduler):
             if one is not None:
                 one.step()
     return copy.deepcopy(model).eval()
+
+
+def states_of(run, every):
+    """The states of a run after every so many steps."""
+    state, weights, states = run.initial, run.weights(), []
+    while state.step < run.steps:
+        state = run.step(state, weights)
+        states += [state] if state.step % every == 0 else []
+    return states
