@@ -690,10 +690,16 @@ ahead = lead("lds_low", "lds_high")
 claim("random sets: low end of MAGIC less the best high end", ahead, at_least=0.03)
 claim("single examples: MAGIC less the best of the others", lead("alone", "alone"), at_least=0.2)
 agreed = {
-    judge: [found["lds"].corr(found[judge], method="spearman") for found in by_method.values()]
+    judge: {
+        task: found["lds"].corr(found[judge], method="spearman")
+        for task, found in by_method.items()
+    }
     for judge in ("alone", "removed")
 }
-claim("random sets and single examples order the methods alike", min(agreed["alone"]), at_least=0.5)
+least = min(agreed["alone"].values())
+claim("random sets and single examples order the methods alike: Spearman", least, at_least=0.8)
+digits = agreed["removed"]["digits"]
+claim("on the digits, random sets and the top removed do not", digits, at_most=0.6)
 
 # %% tags=["nbval-ignore-output"]
 columns = table.set_index(["task", "method"])[["setting", "trainings", *judges]]
@@ -706,9 +712,10 @@ columns.rename(columns=judges).fillna("").round(3)
 # Which method comes next depends on the training. On the two image tasks it is DVEmb, .827 and .609: plain gradient descent is what it was made for, and only its second derivatives are wrong. The language model is trained by AdamW, which neither DVEmb nor SOURCE knows; they need a factor of a hundred or a thousand on
 # the rates, and EK-FAC, which looks at the end alone, is as good or better. On images SOURCE does not improve on EK-FAC, from whose curvature it is made. And BM25, which has never seen the model, has a higher LDS on the texts than TRAK or any product of gradients. It is the control to beat.
 #
-# The third judge orders the methods otherwise. Without the 5 % that SOURCE chooses, the loss of a digit rises by 2.0 nats, by 1.3 for MAGIC's choice, and by 1.4 for those that look alike to the last layer: the
-# intervals are wide, and overlap. Section 7 has the reason. Sets of images that all help one output are where the tangent at $w=1$ is too small, and their effects do not add up. To be hurt by a removal it is enough that everything alike is gone, and for that one need not know the effect of a
-# single one. So the removal of the top asks whether a method finds a *group*, and not whether its numbers are right. By contrast, random sets and single examples order the methods alike.
+# The third judge says something else. On the digits it even orders the methods otherwise: without the 5 % that SOURCE chooses, the loss rises by 2.0 nats, by 1.3 for MAGIC's choice, and by 1.4 for those that look alike to the last layer.
+# On the other two tasks the order is nearly that of random sets, but MAGIC's lead is gone: the intervals are wide, and those of all methods but chance overlap with its own.
+# Section 7 has the reason. Sets of examples that all help one output are where the tangent at $w=1$ is too small, and their effects do not add up. To be hurt by a removal it is enough that everything alike is gone, and for that one need not know the effect of a
+# single one. So the removal of the top asks whether a method finds a *group*, and not whether its numbers are right.
 #
 # ## 11 · What it cost
 #

@@ -9,7 +9,7 @@ from magic.evidence import judging
 from tests.evidence.test_baselines import needs
 from tests.support import cases
 
-FEW = {"drop": 0.1, "subsets": 8, "examples": 6, "progress": False}
+FEW = {"drop": 0.03, "subsets": 10, "examples": 6, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def judged(digits):
 def test_the_figures_are_those_of_the_other_functions(judged):
     methods, bank, said = judged
     for name, scores in methods.items():
-        assert said.lds[name] == magic.lds(scores, 0.1, 8, bank=bank, progress=False).spearman
+        assert said.lds[name] == magic.lds(scores, 0.03, 10, bank=bank, progress=False).spearman
         assert said.alone[name] == magic.leave_one_out(scores, 6, bank=bank, progress=False).spearman
     assert said.lds["MAGIC"].mean > 0.8 > 0.5 > said.lds["chance"].mean
     assert said.alone["MAGIC"].mean > 0.5
-    assert len(bank) == 1 + 8 + 6 + 2 * 5
+    assert len(bank) == 1 + 10 + 6 + 2 * 5
 
 
 def test_the_top_is_removed_for_each_target(judged):
@@ -39,9 +39,9 @@ def test_the_top_is_removed_for_each_target(judged):
     run, measure, mine = scores.run, scores.measure, []
     for k, row in enumerate(scores.values):
         weights = torch.ones(300)
-        weights[row.argsort()[:30]] = 0
+        weights[row.argsort()[:9]] = 0
         mine.append(magic.outputs(run, measure, weights, progress=False)[k])
-    at_random = magic.outputs(run, measure, subsets.random(300, 0.1, 8), progress=False)
+    at_random = magic.outputs(run, measure, subsets.random(300, 0.03, 10), progress=False)
     expected = torch.stack(mine).mean() - at_random.mean()
     figure = said.removed["MAGIC"]
     assert figure.mean == pytest.approx(expected.item(), rel=1e-5) and figure.mean > 0
@@ -62,7 +62,7 @@ def test_planted_examples_are_found_by_their_sum(judged):
 def test_the_table_and_the_frame(judged):
     _, _, said = judged
     assert repr(said).startswith(
-        "LDS, leave-one-out, removal of the top, planted: 8 × 10 %, 6 single, 5 targets"
+        "LDS, leave-one-out, removal of the top, planted: 10 × 3 %, 6 single, 5 targets"
     )
     (name, figures), _ = said.rows()
     assert name == "MAGIC" and figures.split("   ")[0] == str(said.lds["MAGIC"])

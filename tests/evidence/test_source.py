@@ -121,5 +121,5 @@ def test_a_language_model_of_transformers():
         gradients(run, final, x, [k for k in final.params if k in names]) for x in ((tokens[:2],), (tokens,))
     )
     rate = sum(groups[0]["lr"] for groups in run.hypers)
-    assert small.abs().max() > 1e-4
-    torch.testing.assert_close(small, -rate * ours @ theirs.T / 500, rtol=1e-3, atol=1e-6)
+    assert small.abs().max() > 5e-5
+    torch.testing.assert_close(small, -rate * ours @ theirs.T / 500, rtol=1e-3, atol=1e-8)
