@@ -31,15 +31,17 @@ leisure.
 from . import _moved, points, subsets, text
 from .attribution import Attribution, attribute
 from .engine import schedule
-from .engine.health import Health, Verification
+from .engine.health import Health
 from .engine.planning import Plan, plan
 from .engine.refusals import NotDifferentiable
 from .engine.resume import train
+from .engine.verdict import Verification
 from .evidence import baselines, smoothness
 from .evidence.bank import Bank
 from .evidence.comparison import Comparison, compare, lds, leave_one_out
 from .evidence.curvature import Curvature, curvature
 from .evidence.explorer import explore
+from .evidence.forecast import Forecast, forecast
 from .evidence.judging import Brittleness, Judgement, brittleness, judge
 from .evidence.optimality import Optimality, optimality
 from .evidence.outputs import outputs
@@ -64,6 +66,7 @@ __all__ = [
     "Comparison",
     "Curvature",
     "Figure",
+    "Forecast",
     "Health",
     "Judgement",
     "Metagradient",
@@ -87,6 +90,7 @@ __all__ = [
     "distributed",
     "explore",
     "fingerprint",
+    "forecast",
     "hyper",
     "judge",
     "lds",

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from . import saved
-from .engine.health import Health, Verification
+from .engine.health import Health
 from .engine.measuring import measured_outputs, try_measure
 from .engine.planning import Plan, one_way, plan_within
 from .engine.replay import Replay
 from .engine.resume import Trusted
 from .engine.search import parse_bytes
+from .engine.verdict import Verification
 from .identity import fingerprints, parts
 from .points import Points, describe, points_of
 from .shares import Split, replays, shares_of

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from .engine.files import replacing
-from .engine.health import Health, Verification
+from .engine.health import Health
+from .engine.verdict import Verification
 from .identity import parts
 from .training.run import Run
 

@@ -26,6 +26,7 @@ work               what a replay has to do, one way of doing it, and what that t
 search             the fastest way within a budget
 planning           a schedule for a number of bytes
 health             what a replay has checked and seen
+verdict            what a few trainings say of a whole derivative
 folder             whose a folder is
 resume             a run that survives being killed
 listeners          who hears of every step and pull: the bar, the scores, the witness, the notes

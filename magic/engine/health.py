@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ DECADES = (
 SMALL = 0.05  # the share of the data that a tangent should at least be able to rank removals of
 LEFT_OUT = 0.01  # the share of the data whose random removal the sizes of scores are judged by
 TOO_FAR = 1.0  # how far that may move an output, in its own size
-SURE = 0.1  # a finite difference is sharp enough to judge by if its doubt is a tenth of the slope, or less
+HEALTHY = 0.8  # the LDS that should be expected, at least
 SAMPLES = 64  # steps of a run at which the cotangent's size is measured, at most
 GROWS = (
     "growing on the way back: a small change at an early step is amplified at every later one, and the "
@@ -47,6 +48,18 @@ SHRINKS = (
 )
 
 
+class Expected(NamedTuple):
+    """The LDS to be expected over random removals of a share `drop`, with its 95 % interval."""
+
+    drop: float
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}] over removals of {self.drop:.3g}"
+
+
 @dataclass(frozen=True, repr=False)
 class Health(Table):
     """What a replay saw.
@@ -64,6 +77,7 @@ class Health(Table):
                standard deviation in the output's own size; see `moved`. Empty in older files
     unrounded  (some, all): of how many trained parameters the derivative is that of the update without a
                rounding that training has; None where of none
+    expected   the LDS that `magic.forecast` expects; None if it was not asked
     """
 
     steps: int
@@ -75,6 +89,7 @@ class Health(Table):
     clipped: int | None = None
     moves: tuple[float, ...] = ()
     unrounded: tuple[int, int] | None = None
+    expected: Expected | None = None
 
     def note(self) -> dict:
         """What JSON can keep of it; `of` reads it."""
@@ -92,7 +107,8 @@ class Health(Table):
         moves, unrounded = tuple(map(float, note.get("moves", ()))), note.get("unrounded")
         unrounded = None if unrounded is None else (int(unrounded[0]), int(unrounded[1]))
         steps, verified = int(note["steps"]), int(note["verified"])
-        return cls(steps, sizes, verified, witnessed, trusted, sized, clipped, moves, unrounded)
+        expected = Expected(*map(float, note["expected"])) if note.get("expected") else None
+        return cls(steps, sizes, verified, witnessed, trusted, sized, clipped, moves, unrounded, expected)
 
     @property
     def decades(self) -> tuple[float, ...]:
@@ -122,6 +138,8 @@ class Health(Table):
                 f"the derivative turns so fast that it can rank removals of {self.trusted:.1%} of "
                 'the data at most; take it at the centre (at="centre", drop=...) or train more smoothly'
             )
+        if self.expected is not None and not self.expected.mean >= HEALTHY:
+            found.append(f"an LDS of {self.expected} of the data is to be expected; train more smoothly")
         return found
 
     @property
@@ -213,6 +231,7 @@ class Health(Table):
             ),
             *([("derivative unrounded", UNROUNDED.format(*self.unrounded))] if self.unrounded else []),
             *self._reach,
+            *([("LDS to be expected", f"{self.expected} of the data")] if self.expected else []),
             ("problems", "; ".join(self.problems) or "none seen"),
         ]
 
@@ -235,65 +254,3 @@ def moved(values: Tensor, outputs: Tensor, start: Tensor) -> tuple[float, ...]:
     size = torch.stack([outputs, start]).detach().double().abs().nan_to_num(0, 0, 0).amax(0)
     size = size.maximum(size.median())
     return tuple(torch.where(deviation > 0, deviation / size, deviation).tolist())
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Verification(Table):
-    """What trainings along one random direction say of the scores.
-
-    predicted, true  (K,): the slope of each output by the scores, and by finite differences
-    doubt            (K,): how far curvature and rounding may have moved the finite difference
-    steps            every ε that was tried, the largest first; each is a pair of trainings
-    """
-
-    predicted: Tensor
-    true: Tensor
-    doubt: Tensor
-    steps: tuple[float, ...]
-
-    def note(self) -> dict:
-        """What JSON can keep of it; `of` reads it."""
-        return {
-            name: list(map(float, getattr(self, name))) for name in ("predicted", "true", "doubt", "steps")
-        }
-
-    @classmethod
-    def of(cls, note: dict) -> Verification:
-        """What `note` kept. Raises ValueError, TypeError or KeyError for anything else."""
-        names = ("predicted", "true", "doubt")
-        predicted, true, doubt = (torch.tensor(note[name], dtype=torch.float64) for name in names)
-        if not predicted.shape == true.shape == doubt.shape or predicted.dim() != 1:
-            raise ValueError("its verification has unequal lengths")
-        return cls(predicted, true, doubt, tuple(map(float, note["steps"])))
-
-    @property
-    def resolved(self) -> Tensor:
-        """(K,): whether the finite difference is sharp enough to judge this target."""
-        return self.doubt <= SURE * torch.maximum(self.true.abs(), self.predicted.abs())
-
-    @property
-    def agree(self) -> Tensor:
-        """(K,): whether scores and trainings differ by no more than the doubt, or cannot be told apart."""
-        return ((self.predicted - self.true).abs() <= self.doubt) | ~self.resolved
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether every target that can be judged agrees; None where there is none."""
-        if not self.agree.all():
-            return False
-        return True if self.resolved.any() else None
-
-    @property
-    def caption(self) -> str:
-        return f"The whole derivative against {2 * len(self.steps)} trainings"
-
-    def rows(self) -> list[tuple[str, str]]:
-        known = self.resolved
-        moved = ", ".join(f"±{step:g}" for step in self.steps)
-        gap = (self.predicted - self.true).abs() / self.true.abs().clamp_min(1e-300)
-        worst = f"{gap[known].max().item():.0e}" if known.any() else "not known"
-        return [
-            ("targets judged", f"{int(known.sum())} of {len(known)}; weights moved by {moved}"),
-            ("largest difference", f"{worst}, relative to the slope"),
-            ("verdict", {True: "agrees", False: "DIFFERS", None: "cannot tell"}[self.ok]),
-        ]

@@ -10,6 +10,7 @@ judging        several methods by several judges: these, the removal of the top,
 verification   the whole derivative against a few trainings
 optimality     how far the prediction is from the best linear one
 curvature      how far the tangent reaches
+forecast       the LDS to be expected, from replays at a few random sets
 smoothness     how smooth a run is in its weights
 estimates      what the baselines share
 classes        losses that are cross-entropies: of a label, or of every next token

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from ..attribution import Attribution
+from ..engine.planning import Plan
 from ..engine.replay import metagradient
 from ..show import Table
+from ..training.run import Run
 
 # ε, of a direction whose largest entry is 1: small enough for Adam, whose first step is the sign of the
 # gradient but for eps; large enough that rounding does not show
@@ -123,6 +125,17 @@ class Curvature(Table):
         ]
 
 
+def of_one_point(scores: Attribution, what: str) -> tuple[Run, Callable, Plan]:
+    """Run, measure and plan of scores that can be compared with those elsewhere; ValueError for others."""
+    if scores.run is None or scores.measure is None or scores.plan is None:
+        raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
+    if not scores.tangent:
+        raise ValueError(f"{what} belongs to one point; these scores are {scores.point}")
+    if scores.at.dim() > 1:
+        raise ValueError(f"{what} is that of scores of examples; these are scores of tokens")
+    return scores.run, scores.measure, scores.plan
+
+
 def _about_mean(x: Tensor) -> Tensor:
     """(K, n): each row less its mean, which no choice between sets of one size depends on."""
     return x.double() - x.double().mean(1, keepdim=True)
@@ -160,13 +173,7 @@ def curvature(
 
     Raises ValueError for scores that are means over several points, or without a run.
     """
-    run, measure = scores.run, scores.measure
-    if run is None or measure is None or scores.plan is None:
-        raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
-    if not scores.tangent:
-        raise ValueError(f"the curvature belongs to one point; these scores are {scores.point}")
-    if scores.at.dim() > 1:
-        raise ValueError("the curvature is that of scores of examples; these are scores of tokens")
+    run, measure, plan = of_one_point(scores, "the curvature")
     if order not in (2, 4):
         raise ValueError(f"order={order}: 2 or 4")
     down = direction is None
@@ -177,7 +184,7 @@ def curvature(
 
     def central(h: float) -> Tensor:
         ends = [run.weights(scores.at + s * h * direction, allow_negative=True) for s in (1, -1)]
-        ahead, behind = (metagradient(run, measure, w, scores.plan, progress=progress).values for w in ends)
+        ahead, behind = (metagradient(run, measure, w, plan, progress=progress).values for w in ends)
         return (ahead - behind) / (2 * h)
 
     values = central(step)

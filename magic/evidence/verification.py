@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attribution import Attribution
-from ..engine.health import Verification
+from ..engine.verdict import Verification
 from ..metagradients import Metagradient
 from ..show import bar
 from ..training.run import Run

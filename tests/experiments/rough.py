@@ -1,169 +1,227 @@
-"""Can the scores of a rough run be rescued? `python -m tests.experiments.rough`
+"""Rough trainings: whence they come, what rescues their scores, what warns.
 
-Recipes like those of chapter 08, made rough by maximum pooling and large rates, from three starts each. The
-derivative at w = 1 follows a function that wriggles on a scale far below that of a removal. The rescues take
-it where the function is smoother, or many times:
+`python -m tests.experiments.rough [processes]`
 
-    last half, last quarter    through the last steps alone, where the weights enter late
-    centre                     at the centre of the removals
-    mean of 4 sets             the mean of the derivatives without four random sets of the removed size
-    mean of 4 jitters          the same at w = 1 + σ·noise, with σ the spread of a weight under the removals
-    w = 1, corrected           w = 1 scaled, and a ridge on what it leaves of 15 retrainings
-    retrainings alone          the same ridge without the derivative
+Recipes on 800 digits, each of which turns one knob of a smooth one (a few turn two), from three starts. For
+each, everything is measured that the questions need: 50 retrainings without a random 5 % of the data, and
+30 of the same with weights that are jittered by 1 %; the scores at w = 1, at the centre and at three other
+sets; eight trainings with jittered weights. Where the LDS is below .95, also what may rescue it: the scores
+at three jittered weights, through the last half and the last quarter, and of a smooth neighbour; 15 more
+retrainings, for corrections. The roughest recipes are replayed at 32 sets, for means over many. All that
+takes minutes a recipe, and is kept in data/rough, a file for each: a recipe that is there is not measured
+again. From these files tests/experiments/rough_tables.py writes two tables that chapter 12 shows,
 
-Each is judged by LDS over 60 random removals of 5 %, with its 95 % interval; its cost is processor time, in
-plain trainings. A recipe's rows of notebooks/banks/12_how_far_does_a_tangent_reach_rough.csv are written when
-it is done, and a recipe that is there is not made again.
+    notebooks/banks/12_how_far_does_a_tangent_reach_recipes.csv   a row for each recipe and start
+    notebooks/banks/12_how_far_does_a_tangent_reach_rescues.csv   a row for each of these and each rescue
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 import magic
-from magic import subsets
+from magic import smoothness, subsets
 from magic.book import data, models
-from magic.evidence.comparison import Comparison
-from tests.experiments import kept
 
-KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "12_how_far_does_a_tangent_reach_rough.csv"
-SETS, DROP, FITTED, MEANS, TARGETS = 60, 0.05, 15, 4, 4
-COLUMNS = [
-    "recipe", "start", "rescue", "lds", "low", "high", "trainings", "accuracy", "moves", "n", "steps",
-    "targets", "sets", "drop", "seconds", "date", "torch", "threads",
-]  # fmt: skip
+RAW = Path("data") / "rough"
+SETS, AGAIN, DROP, FITTED, MEANS, TARGETS, JITTER, HEALTHY = 50, 30, 0.05, 15, 3, 4, 0.01, 0.95
+
+MANY = 32  # sets, of the roughest recipes
+
+KNOBS: dict[str, dict[str, dict]] = {
+    "none": {"our recipe": {}},
+    "rate": {"rate × 2": {"rate": 0.1}, "rate × 4": {"rate": 0.2}, "rate × 8": {"rate": 0.4}},
+    "batch": {"batches of 25": {"size": 25}, "batches of 400": {"size": 400}},
+    "momentum": {
+        "no momentum, rate × 10": {"momentum": 0.0, "rate": 0.5},
+        "momentum .98, rate ÷ 5": {"momentum": 0.98, "rate": 0.01},
+        "momentum .98": {"momentum": 0.98},
+    },
+    "activation": {
+        "ReLU": {"activation": nn.ReLU},
+        "maximum pooling": {"pool": nn.MaxPool2d},
+        "ReLU, maximum pooling": {"activation": nn.ReLU, "pool": nn.MaxPool2d},
+        "ReLU, maximum pooling, rate × 4": {"activation": nn.ReLU, "pool": nn.MaxPool2d, "rate": 0.2},
+        "ReLU, rate × 4": {"activation": nn.ReLU, "rate": 0.2},
+        "maximum pooling, AdamW": {"pool": nn.MaxPool2d, "adam": True, "rate": 3e-3},
+        "leaky ReLU": {"activation": nn.LeakyReLU},
+    },
+    "dropout": {"dropout .1": {"dropout": 0.1}, "dropout .4": {"dropout": 0.4}},
+    "normalisation": {"GroupNorm": {"norm": "group"}, "GroupNorm, rate × 10": {"norm": "group", "rate": 0.5}},
+    "AdamW": {
+        "AdamW": {"adam": True, "rate": 3e-3},
+        "AdamW, rate × 5": {"adam": True, "rate": 15e-3},
+        "AdamW, batches of 25": {"adam": True, "rate": 3e-3, "size": 25},
+        "AdamW, rate × 5, batches of 25": {"adam": True, "rate": 15e-3, "size": 25},
+        "AdamW, rate × 5, batches of 25, eps_root 1e-6": {
+            "adam": True, "rate": 15e-3, "size": 25, "eps_root": 1e-6,
+        },
+    },
+    "width": {"width 2": {"width": 2}, "width 32": {"width": 32}},
+    "steps": {
+        "4 epochs": {"epochs": 4},
+        "32 epochs": {"epochs": 32},
+        "32 epochs, rate × 4": {"epochs": 32, "rate": 0.2},
+    },
+}  # fmt: skip
+ROUGHEST = ["rate × 8", "GroupNorm, rate × 10", "ReLU, maximum pooling, rate × 4"]
+RECIPES = {name: knobs for group in KNOBS.values() for name, knobs in group.items()}
 
 
 class Net(nn.Sequential):
-    """Two convolutions with BatchNorm, each pooled, and a linear layer: chapter 08's."""
+    """Two convolutions with a normalisation, each pooled, and a linear layer, as in chapter 08."""
 
-    def __init__(self, pool=nn.AvgPool2d, width=8):
+    def __init__(self, width=8, activation=nn.GELU, norm="batch", pool=nn.AvgPool2d, dropout=0.0):
         layers: list[nn.Module] = []
         for inputs, outputs in ((1, width), (width, 2 * width)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-            layers += [nn.GELU(), pool(2)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(8 * width, 10))
-
-
-RECIPES = {
-    "average pooling": {},
-    "maximum pooling": {"pool": nn.MaxPool2d},
-    "maximum pooling, rate × 4": {"pool": nn.MaxPool2d, "rate": 0.2},
-    "rate × 8": {"rate": 0.4},
-}
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+            layers += [models.normalisation(norm, outputs), activation(), pool(2)]
+        super().__init__(*layers, nn.Flatten(), nn.Dropout(dropout), nn.Linear(8 * width, 10))
 
 
 def loss(model, x, y):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def recipe(start: int, pool=nn.AvgPool2d, rate=0.05):
+def recipe(start: int, rate=0.05, momentum=0.9, size=100, epochs=8, adam=False, eps_root=0.0, **net):
+    """The run, and the test images with their labels. The start is that of the weights, not of the order."""
     x, y, x_test, y_test = data.digits(train=800, test=500)
     torch.manual_seed(start)
-    model = Net(pool).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    batches = magic.batches(len(x), size=100, epochs=8)
+    model = Net(**net).double()
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    if adam:
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "eps_root": eps_root}], lr=rate)
+    batches = magic.batches(len(x), size=size, epochs=epochs)
     scheduler = models.triangle(optimizer, len(batches))
     run = magic.Run(model, optimizer, (x.double(), y), loss, batches, scheduler=scheduler)
     return run, (x_test.double(), y_test)
 
 
-def rescues(run: magic.Run, measure) -> dict:
-    """name -> a function that returns (K, n) values."""
-
-    def at(weights=None, **options) -> Tensor:
-        return magic.attribute(run, measure, at=weights, progress=False, **options).values
-
-    dice = torch.Generator().manual_seed(7)
-    sigma = (DROP * (1 - DROP)) ** 0.5
-    jitters = [1 + sigma * torch.randn(run.n, generator=dice) for _ in range(MEANS)]
-    sets = subsets.random(run.n, DROP, MEANS, seed=99)
-    return {
-        "last half": lambda: at(last=run.steps // 2),
-        "last quarter": lambda: at(last=run.steps // 4),
-        "centre": lambda: at("centre", drop=DROP),
-        "mean of 4 sets": lambda: torch.stack([at(w) for w in sets]).mean(0),
-        "mean of 4 jitters": lambda: torch.stack([at(w) for w in jitters]).mean(0),
-    }
+def neighbour(knobs: dict) -> dict:
+    """The nearest recipe that is smooth by what chapter 08 says: no kinks, no higher rate, rounded AdamW."""
+    adam = knobs.get("adam", False)
+    rate = 3e-3 if adam else 0.05
+    calm = {"activation": nn.GELU, "pool": nn.AvgPool2d, "momentum": 0.9}
+    calm["rate"] = min(knobs.get("rate", rate), rate)
+    return {**knobs, **calm, **({"eps_root": 1e-6} if adam else {})}
 
 
-def corrected(run: magic.Run, measure, values: Tensor, base: Tensor) -> Tensor:
-    """(K, n): scaled values, and a ridge on what they leave of retrainings without other sets."""
-    weights = subsets.random(run.n, DROP, FITTED, seed=5)
-    true = magic.outputs(run, measure, weights, jobs=1, progress=False).double() - base
-    moved, found = (weights - 1).double().numpy(), []
-    for own, outcome in zip(values.double().numpy(), true.numpy().T, strict=True):
-        told = moved @ own
-        scale = float(told @ outcome / max(told @ told, 1e-300))
-        rest = outcome - scale * told
-        ridge = RidgeCV(alphas=np.logspace(-1, 7, 25), fit_intercept=True).fit(moved, rest)
-        found.append(scale * own + ridge.coef_)
-    return torch.from_numpy(np.stack(found))
+class Watch:
+    """Processor time of what is done, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, work):
+        clock = time.process_time()
+        found = work()
+        self.seconds[name] = time.process_time() - clock
+        return found
 
 
-def cell(name: str, start: int) -> list[dict]:
-    """A row for each rescue."""
-    begun = time.perf_counter()
-    run, (x_test, y_test) = recipe(start, **RECIPES[name])
+def measured(name: str, start: int) -> dict[str, np.ndarray]:
+    """Everything that is asked of one recipe from one start."""
+    knobs, watch = RECIPES[name], Watch()
+    run, (x_test, y_test) = recipe(start, **knobs)
 
     def measure(model):
         return loss(model, x_test[:TARGETS], y_test[:TARGETS])
 
-    clock = time.process_time()
-    final = run.train(progress=False)
-    plain = time.process_time() - clock
+    def scores(at=None, of=run, **options) -> magic.Attribution:
+        return magic.attribute(of, measure, at=at, progress=False, **options)
+
+    def true(weights: Tensor) -> Tensor:
+        return magic.outputs(run, measure, weights, jobs=1, progress=False)
+
+    run.train(progress=False)  # what only a first training takes time for
+    final = watch("plain", lambda: run.train(progress=False))
     with torch.no_grad():
-        accuracy = (run.model(final).eval()(x_test).argmax(1) == y_test).double().mean().item()
+        accuracy = (run.model(final).eval()(x_test).argmax(1) == y_test).double().mean()
+    dice = torch.Generator().manual_seed(7)
     sets = subsets.random(run.n, DROP, SETS, seed=0)
-    weights = torch.cat([torch.ones(1, run.n), sets])
-    true = magic.outputs(run, measure, weights, jobs=1, progress=False).double()
-    clock = time.process_time()
-    scores = magic.attribute(run, measure, progress=False)
-    moves, plainly = max(scores.health.moves), scores.values.double()
-    found, cost = {"w = 1": plainly}, {"w = 1": (time.process_time() - clock) / plain}
-    for rescue, compute in rescues(run, measure).items():
-        clock = time.process_time()
-        found[rescue] = compute().double()
-        cost[rescue] = (time.process_time() - clock) / plain
-    for rescue, values in (("w = 1, corrected", plainly), ("retrainings alone", 0 * plainly)):
-        cost[rescue] = FITTED + (cost["w = 1"] if values.any() else 0)
-        found[rescue] = corrected(run, measure, values, true[0])
-    rows = []
-    for rescue, values in found.items():
-        told = true[0] + (sets - 1).double() @ values.T
-        judged = Comparison(told, true[1:], true[0]).spearman
-        rows.append(
-            {
-                "recipe": name, "start": start, "rescue": rescue, "lds": round(judged.mean, 4),
-                "low": round(judged.low, 4), "high": round(judged.high, 4),
-                "trainings": round(cost[rescue], 1), "accuracy": round(accuracy, 4), "moves": f"{moves:.3g}",
-                "n": run.n, "steps": run.steps, "targets": TARGETS, "sets": SETS, "drop": DROP,
-                "seconds": round(time.perf_counter() - begun), **kept.provenance(),
-            }
-        )  # fmt: skip
-    return rows
+    others = subsets.random(run.n, DROP, MEANS, seed=99)
+    near = 1 + JITTER * torch.randn(8, run.n, generator=dice)
+    again = sets[:AGAIN] * (1 + JITTER * torch.randn(AGAIN, run.n, generator=dice))
+    plain = watch("w = 1", scores)
+    at_sets = watch("sets", lambda: [scores(w) for w in others])
+    found = {
+        "base": plain.outputs, "true": true(sets), "again": true(again),
+        "near": near, "near_true": true(near),
+        "w = 1": plain.values, "centre": watch("centre", lambda: scores("centre", drop=DROP)).values,
+        "sets": torch.stack([s.values for s in at_sets]),
+        "sets_true": torch.stack([s.outputs for s in at_sets]),
+        "moves": torch.tensor(plain.health.moves), "decades": torch.tensor(plain.health.decades),
+        "accuracy": accuracy,
+    }  # fmt: skip
+    ways = smoothness.directions(run.n, DROP, 2)
+    found["metasmoothness"] = torch.tensor(
+        watch("metasmoothness", lambda: [smoothness.metasmoothness(run, way, start=final) for way in ways])
+    )
+    if magic.Comparison(plain.predict(sets), found["true"], plain.outputs).mean < HEALTHY:
+        wide = 1 + (DROP * (1 - DROP)) ** 0.5 * torch.randn(MEANS, run.n, generator=dice)
+        beside, _ = recipe(start, **neighbour(knobs))
+        found |= {
+            "jitters": torch.stack([s.values for s in watch("jitters", lambda: [scores(w) for w in wide])]),
+            "last half": watch("last half", lambda: scores(last=run.steps // 2)).values,
+            "last quarter": watch("last quarter", lambda: scores(last=run.steps // 4)).values,
+            "smooth neighbour": watch("smooth neighbour", lambda: scores(of=beside)).values,
+            "fitted": true(subsets.random(run.n, DROP, FITTED, seed=5)),
+        }  # fmt: skip
+    times = {f"time {name}": np.array(seconds) for name, seconds in watch.seconds.items()}
+    return {name: x.detach().double().cpu().numpy() for name, x in found.items()} | times
 
 
-def main() -> None:
+def many(name: str) -> dict[str, np.ndarray]:
+    """The scores at many other sets, (sets, targets, n)."""
+    run, (x_test, y_test) = recipe(0, **RECIPES[name])
+
+    def measure(model):
+        return loss(model, x_test[:TARGETS], y_test[:TARGETS])
+
+    others = subsets.random(run.n, DROP, MANY, seed=99)
+    return {"sets": np.stack([magic.attribute(run, measure, at=w, progress=False).values for w in others])}
+
+
+def place(name: str, start: int | str) -> Path:
+    return RAW / f"{name.replace(' ', '_').replace(',', '')}_{start}.npz"
+
+
+def cell(name: str, start: int | str) -> str:
     torch.set_num_threads(1)
-    rows = kept.read(KEPT)
-    there = {(row["recipe"], int(row["start"])) for row in rows}
-    for start in range(3):
-        for name in RECIPES:
-            if (name, start) in there:
-                continue
-            rows += cell(name, start)
-            kept.write(KEPT, COLUMNS, rows)
-            here = [row for row in rows if row["recipe"] == name and int(row["start"]) == start]
-            print(name, start, here[0]["accuracy"], {row["rescue"]: row["lds"] for row in here}, flush=True)
+    clock = time.perf_counter()
+    try:
+        found = many(name) if start == "many" else measured(name, int(start))
+    except (magic.NonFinite, RuntimeError, ValueError) as error:
+        return f"{name} {start}: {type(error).__name__}: {str(error)[:200]}"
+    RAW.mkdir(parents=True, exist_ok=True)
+    part = place(name, start).with_suffix(".part.npz")
+    np.savez(part, **found)
+    part.replace(place(name, start))
+    return f"{name} {start}: {time.perf_counter() - clock:.0f} s"
+
+
+def main(jobs: int) -> None:
+    cells = [
+        *((name, start) for start in range(3) for name in RECIPES),
+        *((name, "many") for name in ROUGHEST),
+    ]
+    todo = [(name, start) for name, start in cells if not place(name, start).exists()]
+    for told in joblib.Parallel(jobs, return_as="generator_unordered")(
+        joblib.delayed(cell)(name, start) for name, start in todo
+    ):
+        print(told, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
