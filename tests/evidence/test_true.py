@@ -32,7 +32,7 @@ def test_digits(digits, device):
     run = magic.Run(model, torch.optim.SGD(model.parameters(), 0.2), (x, y), cases.loss, order)
     assert accuracy(run, run.train(progress=False), x_test, y_test) >= 0.93
     scores = magic.attribute(run, of_test_images(x_test, y_test, 6), progress=False)
-    result = magic.lds(scores, drop=0.01, subsets=20, jobs=1, progress=False)
+    result = magic.lds(scores, drop=0.01, subsets=20, together=20, progress=False)
     print(result)
     assert result.predicted.shape == result.true.shape == (20, 6)
     assert result.mean >= 0.98 and result.interval[0] > 0.9
@@ -116,7 +116,7 @@ def test_large_removals_at_their_centre(digits, device):
     full = magic.attribute(run, measure, progress=False)
     for drop, ranks, sizes in ((0.2, 0.97, 0.88), (0.5, 0.95, 0.8)):
         centre = magic.attribute(run, measure, "centre", drop=drop, progress=False)
-        result = magic.lds(centre, drop=drop, subsets=20, jobs=1, progress=False)
+        result = magic.lds(centre, drop=drop, subsets=20, together=20, progress=False)
         other = magic.Comparison(full.predict(result.weights).cpu(), result.true, result.baseline)
         print(drop, other.mean, other.r2[0], result)
         assert result.mean >= ranks and result.r2[0] >= sizes

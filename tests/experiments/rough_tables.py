@@ -20,6 +20,7 @@ from tests.experiments import kept, rough
 BANKS = Path(__file__).parents[2] / "notebooks" / "banks"
 RECIPES = BANKS / "12_how_far_does_a_tangent_reach_recipes.csv"
 RESCUES = BANKS / "12_how_far_does_a_tangent_reach_rescues.csv"
+MANY = BANKS / "12_how_far_does_a_tangent_reach_many.csv"
 STARTS = 3
 SETTING = {
     "n": 800, "targets": rough.TARGETS, "sets": rough.SETS, "drop": rough.DROP, **kept.provenance(),
@@ -119,6 +120,28 @@ def rescue_rows(name: str, start: int, every: dict[tuple[str, int], Cell]) -> li
     return rows
 
 
+def many_rows(name: str, found: Cell) -> list[dict]:
+    """The LDS of means over M of the 32 sets, of scores and of directions; each is the mean of 32 / M."""
+    values = np.load(rough.place(name, "many"))["sets"].astype(float)
+    values -= values.mean(-1, keepdims=True)
+    units = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    count = len(units)
+    pairs = ((units.sum(0) ** 2).sum(-1) - count) / (count * (count - 1))
+    rows = []
+    for m in (1, 2, 4, 8, 16, 32):
+        plain, directions = (
+            np.mean([judged(found, x[i : i + m].mean(0)).mean for i in range(0, count, m)])
+            for x in (values, units)
+        )
+        rows.append(
+            {
+                "recipe": name, "replays": m, "scores": round(plain, 4), "directions": round(directions, 4),
+                "agreement of two": round(float(pairs.mean()), 4), **SETTING,
+            }
+        )  # fmt: skip
+    return rows
+
+
 def fit(rows: list[dict]) -> tuple[np.ndarray, float]:
     """(offset, slope, jagged) of atanh LDS by least squares, and the standard deviation about it."""
     x, y = design(rows), np.arctanh(np.clip([row["lds"] for row in rows], -0.9999, 0.9999))
@@ -155,6 +178,8 @@ def main() -> None:
     kept.write(RECIPES, list(rows[0]), rows)
     rescued = [row for key, found in every.items() if "fitted" in found for row in rescue_rows(*key, every)]
     kept.write(RESCUES, list(rescued[0]), rescued)
+    many = [row for name in rough.ROUGHEST for row in many_rows(name, every[name, 0])]
+    kept.write(MANY, list(many[0]), many)
     verdict(rows)
 
 

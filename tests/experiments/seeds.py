@@ -4,7 +4,7 @@ A run is one training of many that its recipe allows: the initial weights and th
 from a seed. Twelve seeds of one recipe are attributed, and each is retrained without the same 100 random
 sets of 5 %. How well does the mean of the scores of S seeds predict a seed that is not among them? The mean
 of the true outputs of the other seeds is the ceiling: what all of them know, without any error of a
-derivative. Each row of notebooks/banks/11_how_near_is_near_optimal_seeds.csv is a mean over seeds, sets and
+derivative. Each row of notebooks/banks/10_is_it_right_seeds.csv is a mean over seeds, sets and
 targets, with the interval of 300 bootstrap resamples of all three.
 """
 
@@ -26,7 +26,7 @@ from magic.book import data, models
 from magic.evidence.comparison import QUANTILES, spearman
 from tests.experiments import kept
 
-KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "11_how_near_is_near_optimal_seeds.csv"
+KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "10_is_it_right_seeds.csv"
 SEEDS, SETS, DROP, TARGETS, RESAMPLES = 12, 100, 0.05, 10, 300
 COLUMNS = [
     "differs", "predicted by", "seeds", "lds", "low", "high", "n", "sets", "targets", "drop", "date", "torch",
