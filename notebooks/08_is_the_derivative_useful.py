@@ -423,8 +423,8 @@ claim("yet ReLU predicts no better: its LDS over that of rate × 4",
       predicts["ReLU"].mean / predicts["rate × 4"].mean, at_most=1.0)  # fmt: skip
 
 # %% [markdown]
-# Where training is smooth the cosine is useful: it says how far a tangent reaches, and
-# [chapter 12](12_how_far_does_a_tangent_reach.ipynb) turns that into a forecast.
+# Where training is smooth the cosine is useful. [Chapter 12](12_how_far_does_a_tangent_reach.ipynb) takes it at random sets, adds a second
+# number that sees kinks, and forecasts the LDS of thirty recipes with the two.
 #
 # ## 7 · Choosing a recipe
 #
@@ -434,7 +434,7 @@ claim("yet ReLU predicts no better: its LDS over that of rate × 4",
 # 2. A rate that rises and then falls to zero.
 # 3. Raise the rate, with momentum, for as long as metasmoothness stays near 1, and look at the accuracy at each.
 #    `smoothness.survey` makes the table for any set of runs.
-# 4. Then measure the LDS, with intervals. Nothing cheaper replaces it.
+# 4. Ask `magic.forecast` for the LDS to be expected, at the price of a few replays ([chapter 12](12_how_far_does_a_tangent_reach.ipynb)). Then measure it, with intervals.
 #
 # ## What we claim
 #

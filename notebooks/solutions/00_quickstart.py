@@ -115,7 +115,7 @@ asked = [hardest, *(i for i in range(10) if i != hardest)][:10]
 scores = magic.attribute(
     run, lambda model: loss(model, x_test[asked], y_test[asked]), progress=False
 )
-result = magic.lds(scores, drop=0.2, subsets=20, progress=False)
+result = magic.lds(scores, drop=0.2, subsets=20, together=20, progress=False)
 claim("LDS with 20 % removed", result.spearman, at_least=0.9)
 claim("slope of true on predicted changes", result.slope, at_least=1.1)
 claim("R² of the prediction as it stands", result.r2, at_most=0.9)
