@@ -751,4 +751,18 @@ def where_r2_is_zero(second, slope):
 #
 # <details><summary>Hint</summary>Such sets have the mean 1.5. `bent.predict` takes negative distances.</details>
 #
+# **12.6** ●○○ (10 min) Write `replays_needed(agreement, ceiling, wanted)`: the least number $M$ of directions whose mean has an LDS of at least `wanted`, by the law of section 9 with $r$ = `agreement` and $\varrho_\infty$ = `ceiling`;
+# `float("inf")` where no number is enough. What do the three roughest recipes need for .5?
+#
+# <details><summary>Hint</summary>Square the law and solve it for $M$. It rises with $M$ and never reaches the ceiling.</details>
+
+# %%
+def replays_needed(agreement, ceiling, wanted):
+    """The least number of directions in the mean; infinity where none is enough."""
+    ...
+
+
+# check("12.6", replays_needed)
+
+# %% [markdown]
 # **Next:** [13 · Language models](13_language_models.ipynb)

@@ -17,6 +17,8 @@
 # To the exercises of [chapter 12](../12_how_far_does_a_tangent_reach.ipynb).
 
 # %%
+import math
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -149,3 +151,23 @@ pd.DataFrame({"told": level, "true": errors.mean(0)}).round(4)
 # %% [markdown]
 # The sign is right and the outputs are told apart, but the levels come out smaller than told, by some 40 %. For removing they came out larger. That is the third derivative, whose term changes its sign with $p$: each
 # further example adds less.
+#
+# ## 12.6 · How many replays
+#
+# With $q = (\varrho/\varrho_\infty)^2$ the law says $q = Mr/(1 + (M-1)r)$, so that $M = q(1-r)/(r(1-q))$, rounded up.
+
+# %%
+def replays_needed(agreement, ceiling, wanted):
+    """The least number of directions in the mean; infinity where none is enough."""
+    if wanted >= ceiling:
+        return math.inf
+    square = (wanted / ceiling) ** 2
+    return max(1, math.ceil(square * (1 - agreement) / (agreement * (1 - square))))
+
+
+check("12.6", replays_needed)
+recipes = {"rate × 8": (0.209, 0.73), "GroupNorm": (0.014, 0.65), "ReLU, maximum": (0.383, 0.57)}
+{name: replays_needed(*of, wanted=0.5) for name, of in recipes.items()}
+
+# %% [markdown]
+# Four, 103 and six replays. The second recipe pays for slopes that hardly agree, the third for a ceiling that is near.

@@ -1,5 +1,7 @@
 """The checkers of chapter 12: right answers pass, and wrong ones are told what is wrong."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,8 +46,18 @@ def where_r2_is_zero(second, slope):
     return zero(lambda p: 0.25 * p**3 * second**2 - (1 - p) * slope**2)
 
 
+def replays_needed(agreement, ceiling, wanted, power=2, rounded=math.ceil):
+    """The least number of directions, by trying one after the other."""
+    if wanted >= ceiling:
+        return math.inf
+    law = [m * agreement / (1 + (m - 1) * agreement) for m in range(1, 10_000)]
+    enough = next(m for m, x in enumerate(law, 1) if x >= (wanted / ceiling) ** power)
+    return enough if rounded is math.ceil else enough - 1
+
+
 @pytest.mark.parametrize(
-    "number, answer", [("12.1", but()), ("12.2", normalised), ("12.3", where_r2_is_zero)]
+    "number, answer",
+    [("12.1", but()), ("12.2", normalised), ("12.3", where_r2_is_zero), ("12.6", replays_needed)],
 )
 def test_right_answers(number, answer):
     passes(number, answer)
@@ -75,6 +87,10 @@ def test_right_answers(number, answer):
         ("12.3", lambda a, t: zero(lambda p: 0.25 * p**3 * a**2 - t**2), ["not p(1 − p)"]),
         ("12.3", lambda a, t: 40 * t**2 / a, ["a fraction is between 0 and 1"]),
         ("12.3", lambda a, t: where_r2_is_zero(max(a, 0.1), t), ["right for a mild", "concave"]),
+        ("12.6", lambda *x: replays_needed(*x, power=1), ["whose square has"]),
+        ("12.6", lambda *x: replays_needed(*x, rounded=math.floor), ["rounded down"]),
+        ("12.6", lambda r, end, lds: replays_needed(r, 1.0, lds), ["the ceiling is left out"]),
+        ("12.6", lambda r, end, lds: replays_needed(r, max(end, 0.71), lds), ["that is infinity"]),
     ],
 )
 def test_wrong_answers_are_explained(number, answer, words):

@@ -1,7 +1,9 @@
-"""Checkers of chapter 12: predictions of second order, weights under ÷ Σw, and how far R² reaches."""
+"""Checkers of chapter 12: predictions of second order, weights under ÷ Σw, how far R² reaches, and how many
+replays a mean needs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -111,3 +113,32 @@ def _zero(second: float, slope: float, squared: bool = True, fixed: bool = False
         level = 0.25 * p**3 * second**2 if squared else 0.5 * p * abs(second)
         low, high = (low, p) if level > (1 if fixed else 1 - p) * slope**2 else (p, high)
     return torch.tensor(high, dtype=torch.float64)
+
+
+@exercise("12.6", "how many directions a mean needs for an LDS")
+def replays_needed(answer) -> None:
+    cases = Cases({}, tolerance=1e-9)
+    for case, agreement, ceiling, wanted in (
+        ("directions that agree well", 0.8, 0.95, 0.7),
+        ("directions that hardly agree", 0.02, 0.9, 0.6),
+        ("a number between two whole ones", 0.21, 0.73, 0.6),
+    ):
+        need = _directions((wanted / ceiling) ** 2, agreement)
+        suspects = {
+            "the law is that of the LDS, whose square has Mr / (1 + (M − 1) r)": math.ceil(
+                _directions(wanted / ceiling, agreement)
+            ),
+            "it is rounded down, and then the LDS is below what is wanted": math.floor(need),
+            "the ceiling is left out": math.ceil(_directions(wanted**2, agreement)),
+        }
+        told = {name: torch.tensor(float(number)) for name, number in suspects.items()}
+        got = cases.call(case, answer, agreement, ceiling, wanted)
+        cases.same(case, got, torch.tensor(float(max(1, math.ceil(need)))), told)
+    case = "an LDS above the ceiling"
+    got = cases.call(case, answer, 0.3, 0.6, 0.7)
+    cases.true(case, got == math.inf, "no number of directions is enough, and that is infinity")
+
+
+def _directions(square: float, agreement: float) -> float:
+    """The M, not rounded, at which Mr / (1 + (M − 1) r) is `square`."""
+    return square * (1 - agreement) / (agreement * (1 - square))
