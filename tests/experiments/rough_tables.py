@@ -43,6 +43,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
+def directions(values: np.ndarray) -> np.ndarray:
+    """Each row freed of its mean, and divided by its length."""
+    values = values - values.mean(-1, keepdims=True)
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
 def judged(found: Cell, values: np.ndarray, seed: int = 0):
     """The LDS of (K, n) values over the random sets, a Figure."""
     sets = subsets.random(values.shape[1], rough.DROP, rough.SETS, seed=0).double().numpy()
@@ -103,6 +109,9 @@ def rescues(name: str, start: int, every: dict[tuple[str, int], Cell]):
     starts = [every[name, s]["w = 1"] for s in range(STARTS) if (name, s) in every]
     if len(starts) == STARTS:
         yield "mean of 3 starts", np.mean(starts, axis=0), STARTS * cost["w = 1"] / plain
+    both = [directions(found[one]) for one in ("last half", "smooth neighbour")]
+    price = (cost["last half"] + cost["smooth neighbour"]) / plain
+    yield "last half and neighbour, directions", np.mean(both, axis=0), price
     yield "w = 1, corrected", corrected(found, found["w = 1"]), cost["w = 1"] / plain + rough.FITTED
     yield "retrainings alone", corrected(found, 0 * found["w = 1"]), float(rough.FITTED)
 
@@ -123,19 +132,18 @@ def rescue_rows(name: str, start: int, every: dict[tuple[str, int], Cell]) -> li
 def many_rows(name: str, found: Cell) -> list[dict]:
     """The LDS of means over M of the 32 sets, of scores and of directions; each is the mean of 32 / M."""
     values = np.load(rough.place(name, "many"))["sets"].astype(float)
-    values -= values.mean(-1, keepdims=True)
-    units = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    units = directions(values)
     count = len(units)
     pairs = ((units.sum(0) ** 2).sum(-1) - count) / (count * (count - 1))
     rows = []
     for m in (1, 2, 4, 8, 16, 32):
-        plain, directions = (
+        plain, alike = (
             np.mean([judged(found, x[i : i + m].mean(0)).mean for i in range(0, count, m)])
             for x in (values, units)
         )
         rows.append(
             {
-                "recipe": name, "replays": m, "scores": round(plain, 4), "directions": round(directions, 4),
+                "recipe": name, "replays": m, "scores": round(plain, 4), "directions": round(alike, 4),
                 "agreement of two": round(float(pairs.mean()), 4), **SETTING,
             }
         )  # fmt: skip
