@@ -138,12 +138,13 @@ def many_rows(name: str, found: Cell) -> list[dict]:
     rows = []
     for m in (1, 2, 4, 8, 16, 32):
         plain, alike = (
-            np.mean([judged(found, x[i : i + m].mean(0)).mean for i in range(0, count, m)])
+            np.mean([judged(found, x[i : i + m].mean(0)) for i in range(0, count, m)], axis=0)
             for x in (values, units)
         )
         rows.append(
             {
-                "recipe": name, "replays": m, "scores": round(plain, 4), "directions": round(alike, 4),
+                "recipe": name, "replays": m, "scores": round(plain[0], 4), "directions": round(alike[0], 4),
+                "low": round(alike[1], 4), "high": round(alike[2], 4),
                 "agreement of two": round(float(pairs.mean()), 4), **SETTING,
             }
         )  # fmt: skip
