@@ -497,7 +497,7 @@ chosen.groupby(["output", "chosen", bins], observed=True)[[*ways, "true"]].apply
 #
 # - **The loss is the wrong output to ask about.** A digit that is read correctly has a small loss, which is flat: $e^{-m}$. When its helpers leave, the margin falls and the loss turns up sharply, where no tangent at 1 can see it. So the error of the tangent is .78 of the change
 #   of the loss for the twelve most helpful images, and .34 of the change of the margin. To predict what chosen sets do, measure margins; a loss is then computed from the predicted margin.
-# - **The direction is special.** A random set as large is predicted several times better. The helpers of one image resemble each other, so that what remains of them has to do the work of those that left: the second derivative along the set is large and always of one sign.
+# - **The direction is special.** A random set as large is predicted several times better. The helpers of one image resemble each other, so that what remains of them has to do the work of those that left: the second derivative along the set is large, and adds to the first.
 #   For sixty helpers the tangent of the margin tells little more than half of the change.
 # - **The midpoint knows nearly all of it** until the set is a class: the error is .05 for twelve helpers, .3 for sixty, and at most .01 for random sets. But it is a replay for each set, where the truth is one training. It is worth that only for what a training does not give: how
 #   a group's effect divides between its members.
@@ -608,7 +608,7 @@ axes[0].legend(fontsize=9);
 # large and its batches are small. There `eps_root` mends nothing.
 #
 # Metasmoothness ranks these recipes as well as the forecast does, at .96, but its value is no LDS: ReLU has .80 and predicts at .95, *rate × 4* has .97 and predicts at .88. The curvature of section 3, here as the agreement of the scores at 1 with those at the centre, is an upper bound and often far above. Under AdamW it says nothing at all:
-# dividing all weights by the same number changes no step, so that the centre is the same training as the full one. The range of the cotangent and the sizes of the scores, which every replay gives for nothing, are alarms for the worst cases.
+# multiplying all weights by the same number hardly changes a step, so that the centre is the same training as the full one. The range of the cotangent and the sizes of the scores, which every replay gives for nothing, are alarms for the worst cases.
 #
 # `magic.forecast` keeps what it expects with the scores. Its constants are those of a fit on all these recipes, and where it expects less than .8, `scores.health` has a problem to report. What it knows of is small networks on digits. Read its interval as that of recipes like these.
 #
@@ -648,7 +648,7 @@ best.set_index(["recipe", "start"]).sort_index()[["rescue", "lds", "low", "high"
 #
 # - **Plain SGD at ten times the rate** can be mended in part. Two of its three starts have an LDS near 0 and of .33. Through the last half of the training alone, the mean over the three is .73. The scores of another training have .72: that with momentum .9 at the same effective rate, which is smooth and answers nearly the same question. The directions of both together have .77, for some 13 trainings.
 # - *The centre* helps where weights below 1 are a lower rate, by up to .3. Not under AdamW.
-# - *The end of the training* alone is worse everywhere else. Early steps matter, even where their derivative is amplified. It does not help either to clip the cotangent to the size that it has at the end (`tests/experiments/rough_clipped.py`: .37, .12 and .34 for the three recipes of the next figure).
+# - *The end of the training* alone is worse nearly everywhere else. Early steps matter, even where their derivative is amplified. It does not help either to clip the cotangent to the size that it has at the end (`tests/experiments/rough_clipped.py`: .37, .12 and .34 for the three recipes of the next figure).
 # - *Another, smoother training* is otherwise no stand-in, and *other starts* answer for themselves.
 # - *Fifteen retrainings* know little of 800 examples, and as a correction they change little.
 # - *Means* over three replays gain little, for a reason that can be mended: derivatives at rough places differ in length by orders of magnitude, and the longest one decides. Their *directions*, each divided by its length, have a mean that is better.
