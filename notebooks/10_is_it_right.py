@@ -784,7 +784,7 @@ intervals = pd.DataFrame(
 intervals.rename(columns=named).join(uses[["trainings", "megabytes"]].round(1))
 
 # %% [markdown]
-# For *brittleness* several methods are as good as MAGIC: without the tenth that it holds most helpful, .85 of the test images are lost, .95 by TracIn and .85 by embeddings and by DVEmb; the intervals, over 20 images, are .3 wide. With half as many the derivative comes first, but not clearly. It is the removal of the top again: a group must be found, and its effect need not be known.
+# For *brittleness* several methods are as good as MAGIC: without the tenth that it holds most helpful, .85 of the test images are lost, .95 by TracIn and .85 by embeddings and by DVEmb; the intervals, over 20 images, are up to .4 wide. With half as many the derivative comes first, but not clearly. It is the removal of the top again: a group must be found, and its effect need not be known.
 #
 # *Copies* are found by all but the controls, and by likeness to the last layer perfectly. For *wrong labels* nothing beats a look at the example itself: its own loss has an AUC of .999, where the best attribution has .83 and MAGIC .77. Attribution answers which examples harm *these* test images. Who looks for wrong labels should sort by loss.
 #

@@ -91,7 +91,7 @@ class Curvature(Table):
         """
         n = self.values.shape[1]
         spread = drop * (1 - drop) * n / (n - 1)
-        slope, turn = (_about_mean(x) for x in (self.scores.values + drop * self.values, drop * self.values))
+        slope, turn = (about_mean(x) for x in (self.scores.values + drop * self.values, drop * self.values))
         level = 0.5 * drop**2 * self.second.double()
         return 1 - (level.square() + spread * turn.square().sum(1)) / (spread * slope.square().sum(1))
 
@@ -136,7 +136,7 @@ def of_one_point(scores: Attribution, what: str) -> tuple[Run, Callable, Plan]:
     return scores.run, scores.measure, scores.plan
 
 
-def _about_mean(x: Tensor) -> Tensor:
+def about_mean(x: Tensor) -> Tensor:
     """(K, n): each row less its mean, which no choice between sets of one size depends on."""
     return x.double() - x.double().mean(1, keepdim=True)
 

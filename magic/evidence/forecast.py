@@ -35,7 +35,7 @@ from ..engine.health import Expected
 from ..engine.replay import metagradient
 from ..show import Figure, Table
 from ..subsets import random
-from .curvature import of_one_point
+from .curvature import about_mean, of_one_point
 from .outputs import outputs
 
 JITTER = 0.01  # the standard deviation of a jittered weight, in weights
@@ -123,7 +123,7 @@ def forecast(
 
 def _at_most(values: Tensor, there: list[Tensor]) -> Tensor:
     """(K,): τ·E∇f / (‖τ‖ ‖E∇f‖), at most 1; ‖E∇f‖² by products of different sets, which has no bias."""
-    own, *others = (x.double() - x.double().mean(1, keepdim=True) for x in (values, *there))
+    own, *others = (about_mean(x) for x in (values, *there))
     mean = torch.stack(others).mean(0)
     count, squares = len(others), sum(x.square().sum(1) for x in others)
     size = (count**2 * mean.square().sum(1) - squares) / max(1, count * (count - 1))

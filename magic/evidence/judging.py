@@ -106,7 +106,7 @@ def judge(
         said.removed[name] = _more(own.diagonal(), parts[0], seed)
     if planted is not None:
         found = torch.zeros(n, dtype=torch.bool).index_fill_(0, torch.as_tensor(list(planted)), True)
-        said.planted = {name: _area(found, _by_example(x).sum(0), seed) for name, x in methods.items()}
+        said.planted = {name: area(found, _by_example(x).sum(0), seed) for name, x in methods.items()}
     return said
 
 
@@ -184,7 +184,7 @@ def _more(own: Tensor, others: Tensor, seed: int) -> Figure:
     return Figure(float(mine.mean() - rest.mean()), float(low), float(high))
 
 
-def _area(planted: Tensor, order: Tensor, seed: int) -> Figure:
+def area(planted: Tensor, order: Tensor, seed: int) -> Figure:
     """The area under the ROC curve, with its bootstrap interval over examples."""
     area = needs("sklearn.metrics", "notebooks").roc_auc_score
     truth, score, dice = planted.numpy(), order.double().numpy(), np.random.default_rng(seed)

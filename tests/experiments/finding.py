@@ -28,23 +28,16 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import magic
-from magic.book import data, models
+from magic.book import data
 from magic.engine import footprint
 from magic.evidence.comparison import QUANTILES, RESAMPLES
+from magic.evidence.judging import area
 from tests.experiments import judges, kept
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "10_is_it_right_finding.csv"
 TARGETS, WRONG, COPIES, NOISE = 20, 60, 3, 0.3
 UNSIGNED = ("loss", "gradient norm")
 COUNTS = (12, 24, 60, 120)
-
-
-def run_on(x: Tensor, y: Tensor, start: int) -> magic.Run:
-    torch.manual_seed(start)
-    model = models.MLP((64, 128, 10))
-    batches = magic.batches(len(x), size=100, epochs=20, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return magic.Run(model, optimizer, (x, y), judges.cross_entropy, batches)
 
 
 def clean() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -70,13 +63,13 @@ def planted():
 def methods(x: Tensor, y: Tensor, test: tuple[Tensor, Tensor]):
     """Yield (name, how to compute its scores): MAGIC, and every other one in its best setting."""
     best = {row["method"]: row["setting"] for row in kept.read(judges.KEPT) if row["task"] == "digits"}
-    run = run_on(x, y, 0)
+    run = judges.mlp(x, y)
 
     def measure(model):
         return run.loss(model, *test)
 
     yield "MAGIC", lambda: magic.attribute(run, measure, progress=False)
-    found = judges.candidates("digits", lambda start: (run_on(x, y, start), test), run, test)
+    found = judges.candidates("digits", lambda start: (judges.mlp(x, y, start), test), run, test)
     for name, settings in found.items():
         yield name, settings[best[name]][1]
 
@@ -91,14 +84,9 @@ def over_targets(values: np.ndarray) -> tuple[float, float, float]:
 def wrong_labels(name: str, scores: magic.Attribution, wrong: Tensor) -> tuple[float, float, float]:
     """A wrong label raises losses: its sum of scores is large. Its own loss and its gradient are large, too,
     which the controls count as helping."""
-    truth, order = np.zeros(scores.values.shape[1]), scores.values.sum(0).double().numpy()
-    order = -order if name in UNSIGNED else order
-    truth[wrong.numpy()] = 1
-    dice, found = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        draw = dice.integers(len(truth), size=len(truth))
-        found.append(roc_auc_score(truth[draw], order[draw]))
-    return (roc_auc_score(truth, order), *map(float, np.quantile(found, QUANTILES)))
+    order = scores.values.sum(0)
+    truth = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, wrong, True)
+    return area(truth, -order if name in UNSIGNED else order, seed=0)
 
 
 def copies_found(scores: magic.Attribution, copies: Tensor) -> tuple[float, float, float]:

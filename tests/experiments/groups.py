@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 import magic
 from magic import subsets
-from magic.book import data, models
-from tests.experiments import kept
+from magic.book import data
+from magic.book.recipes import classify
+from tests.experiments import judges, kept
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "12_how_far_does_a_tangent_reach_groups.csv"
 COUNTS, TARGETS = (12, 60, 120), 10
@@ -32,10 +33,6 @@ COLUMNS = [
     "quotient", "n",
     "steps", "date", "torch", "threads",
 ]  # fmt: skip
-
-
-def loss(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
 
 
 def chosen(scores: magic.Attribution, labels: torch.Tensor, own: torch.Tensor):
@@ -56,13 +53,10 @@ def main() -> None:
     torch.set_num_threads(1)
     x, y, x_test, y_test = data.digits(train=1200, test=500)
     x, x_test = x.double(), x_test.double()
-    torch.manual_seed(0)
-    model = models.MLP((64, 128, 10)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = magic.Run(model, optimizer, (x, y), loss, magic.batches(len(x), size=100, epochs=20, seed=0))
+    run = judges.mlp(x, y)
 
     def measure(model):
-        return loss(model, x_test[:TARGETS], y_test[:TARGETS])
+        return classify(model, x_test[:TARGETS], y_test[:TARGETS])
 
     scores = magic.attribute(run, measure, progress=False)
     rows, of_target = [], {}

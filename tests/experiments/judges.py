@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 import magic
 from magic import baselines, subsets
 from magic.book import data, models
+from magic.book.recipes import classify
 from magic.evidence.comparison import Comparison
 from tests.experiments import kept, language_sweep
 
@@ -34,18 +35,18 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def cross_entropy(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
+def mlp(x: Tensor, y: Tensor, start: int = 0, order: int = 0) -> magic.Run:
+    """Chapter 10's run on these digits, with seeds of the initial weights and of the batches' order."""
+    torch.manual_seed(start)
+    model = models.MLP((64, 128, 10)).to(x.dtype)
+    batches = magic.batches(len(x), size=100, epochs=20, seed=order)
+    return magic.Run(model, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), classify, batches)
 
 
 def digits(start: int = 0):
     """Chapter 10's run, and its first test images."""
     x, y, *test = data.digits(train=1200, test=500)
-    torch.manual_seed(start)
-    model = models.MLP((64, 128, 10))
-    batches = magic.batches(len(x), size=100, epochs=20, seed=0)
-    run = magic.Run(model, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), cross_entropy, batches)
-    return run, tuple(part[:TARGETS] for part in test)
+    return mlp(x, y, start), tuple(part[:TARGETS] for part in test)
 
 
 def fashion(start: int = 0):
@@ -56,7 +57,7 @@ def fashion(start: int = 0):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     batches = magic.batches(len(x), size=50, epochs=8, seed=0)
     rate = models.triangle(optimizer, len(batches))
-    run = magic.Run(net, optimizer, (x, y), cross_entropy, batches, scheduler=rate)
+    run = magic.Run(net, optimizer, (x, y), classify, batches, scheduler=rate)
     return run, tuple(part[:TARGETS] for part in test)
 
 

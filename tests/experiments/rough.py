@@ -28,16 +28,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import joblib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import magic
 from magic import smoothness, subsets
 from magic.book import data, models
+from magic.book.recipes import classify
 
 RAW = Path("data") / "rough"
 SETS, AGAIN, DROP, FITTED, MEANS, TARGETS, JITTER, HEALTHY = 50, 30, 0.05, 15, 3, 4, 0.01, 0.95
 
+STARTS = 3
 MANY = 32  # sets, of the roughest recipes
 
 KNOBS: dict[str, dict[str, dict]] = {
@@ -92,10 +93,6 @@ class Net(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Dropout(dropout), nn.Linear(8 * width, 10))
 
 
-def loss(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
 def recipe(start: int, rate=0.05, momentum=0.9, size=100, epochs=8, adam=False, eps_root=0.0, **net):
     """The run, and the test images with their labels. The start is that of the weights, not of the order."""
     x, y, x_test, y_test = data.digits(train=800, test=500)
@@ -106,7 +103,7 @@ def recipe(start: int, rate=0.05, momentum=0.9, size=100, epochs=8, adam=False, 
         optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "eps_root": eps_root}], lr=rate)
     batches = magic.batches(len(x), size=size, epochs=epochs)
     scheduler = models.triangle(optimizer, len(batches))
-    run = magic.Run(model, optimizer, (x.double(), y), loss, batches, scheduler=scheduler)
+    run = magic.Run(model, optimizer, (x.double(), y), classify, batches, scheduler=scheduler)
     return run, (x_test.double(), y_test)
 
 
@@ -138,7 +135,7 @@ def measured(name: str, start: int) -> dict[str, np.ndarray]:
     run, (x_test, y_test) = recipe(start, **knobs)
 
     def measure(model):
-        return loss(model, x_test[:TARGETS], y_test[:TARGETS])
+        return classify(model, x_test[:TARGETS], y_test[:TARGETS])
 
     def scores(at=None, of=run, **options) -> magic.Attribution:
         return magic.attribute(of, measure, at=at, progress=False, **options)
@@ -162,7 +159,6 @@ def measured(name: str, start: int) -> dict[str, np.ndarray]:
         "near": near, "near_true": true(near),
         "w = 1": plain.values, "centre": watch("centre", lambda: scores("centre", drop=DROP)).values,
         "sets": torch.stack([s.values for s in at_sets]),
-        "sets_true": torch.stack([s.outputs for s in at_sets]),
         "moves": torch.tensor(plain.health.moves), "decades": torch.tensor(plain.health.decades),
         "accuracy": accuracy,
     }  # fmt: skip
@@ -189,7 +185,7 @@ def many(name: str) -> dict[str, np.ndarray]:
     run, (x_test, y_test) = recipe(0, **RECIPES[name])
 
     def measure(model):
-        return loss(model, x_test[:TARGETS], y_test[:TARGETS])
+        return classify(model, x_test[:TARGETS], y_test[:TARGETS])
 
     others = subsets.random(run.n, DROP, MANY, seed=99)
     return {"sets": np.stack([magic.attribute(run, measure, at=w, progress=False).values for w in others])}
@@ -215,7 +211,7 @@ def cell(name: str, start: int | str) -> str:
 
 def main(jobs: int) -> None:
     quick = [name for name in RECIPES if name not in LONG]
-    cells: list[tuple[str, int | str]] = [(name, start) for start in range(3) for name in quick]
+    cells: list[tuple[str, int | str]] = [(name, start) for start in range(STARTS) for name in quick]
     cells += [(name, 0) for name in LONG] + [(name, "many") for name in ROUGHEST]
     todo = [(name, start) for name, start in cells if not place(name, start).exists()]
     for told in joblib.Parallel(jobs, return_as="generator_unordered")(

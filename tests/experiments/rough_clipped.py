@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import magic
+from magic.book.recipes import classify
 from magic.engine import listeners, replay
 from tests.experiments import rough, rough_tables
 
@@ -49,7 +50,7 @@ def main() -> None:
         run, (x, y) = rough.recipe(0, **rough.RECIPES[name])
 
         def measure(model, x=x, y=y):
-            return rough.loss(model, x[: rough.TARGETS], y[: rough.TARGETS])
+            return classify(model, x[: rough.TARGETS], y[: rough.TARGETS])
 
         with clipped():
             values = magic.attribute(run, measure, progress=False).values

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
 
-from magic import subsets
+from magic import Figure, subsets
 from magic.evidence.comparison import Comparison, spearman
 from tests.experiments import kept, rough
 
@@ -21,7 +21,6 @@ BANKS = Path(__file__).parents[2] / "notebooks" / "banks"
 RECIPES = BANKS / "12_how_far_does_a_tangent_reach_recipes.csv"
 RESCUES = BANKS / "12_how_far_does_a_tangent_reach_rescues.csv"
 MANY = BANKS / "12_how_far_does_a_tangent_reach_many.csv"
-STARTS = 3
 SETTING = {
     "n": 800, "targets": rough.TARGETS, "sets": rough.SETS, "drop": rough.DROP, **kept.provenance(),
     "threads": 1,
@@ -32,15 +31,9 @@ Cell = dict[str, np.ndarray]
 
 def cells() -> dict[tuple[str, int], Cell]:
     """(recipe, start) -> what was measured."""
-    every = ((name, start) for name in rough.RECIPES for start in range(STARTS))
+    every = ((name, start) for name in rough.RECIPES for start in range(rough.STARTS))
     there = [(name, start) for name, start in every if rough.place(name, start).exists()]
     return {key: dict(np.load(rough.place(*key))) for key in there}
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Along the last axis, the means taken off."""
-    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
-    return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
 def directions(values: np.ndarray) -> np.ndarray:
@@ -49,23 +42,26 @@ def directions(values: np.ndarray) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def judged(found: Cell, values: np.ndarray, seed: int = 0):
-    """The LDS of (K, n) values over the random sets, a Figure."""
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Along the last axis, the means taken off."""
+    return (directions(a) * directions(b)).sum(-1)
+
+
+def judged(found: Cell, values: np.ndarray) -> Figure:
+    """The LDS of (K, n) values over the random sets."""
     sets = subsets.random(values.shape[1], rough.DROP, rough.SETS, seed=0).double().numpy()
     told = torch.from_numpy(found["base"] + (sets - 1) @ values.T)
-    return Comparison(
-        told, torch.from_numpy(found["true"]), torch.from_numpy(found["base"]), seed=seed
-    ).spearman
+    return Comparison(told, torch.from_numpy(found["true"]), torch.from_numpy(found["base"])).spearman
 
 
 def features(found: Cell) -> dict[str, float]:
-    """What can be told before any set is judged."""
+    """What can be told before any set is judged; jaggedness by the mean over targets of its log(1 + x)."""
     values, noise = found["w = 1"], found["near"] - 1
     moved = noise @ values.T
     missed = found["near_true"] - found["base"] - moved
     return {
         "agreement": cosine(values[None], found["sets"]).mean(),
-        "jaggedness": ((missed**2).mean(0) / (moved**2).mean(0)).tolist(),
+        "jaggedness": np.expm1(np.log1p((missed**2).mean(0) / (moved**2).mean(0)).mean()),
         "centre agrees": cosine(values, found["centre"]).mean(),
         "metasmoothness": found["metasmoothness"].mean(),
         "decades": found["decades"].max(),
@@ -75,7 +71,6 @@ def features(found: Cell) -> dict[str, float]:
 
 def recipe_row(name: str, start: int, found: Cell) -> dict:
     lds, told = judged(found, found["w = 1"]), features(found)
-    told["jaggedness"] = 10 ** np.log10(1 + np.array(told["jaggedness"])).mean() - 1
     again = np.nanmean(spearman(found["true"][: rough.AGAIN], found["again"]))
     knob = next(knob for knob, names in rough.KNOBS.items() if name in names)
     return {
@@ -106,9 +101,9 @@ def rescues(name: str, start: int, every: dict[tuple[str, int], Cell]):
         yield rescue, found[rescue], cost[rescue] / plain
     for rescue, of in (("mean of 3 sets", "sets"), ("mean of 3 jitters", "jitters")):
         yield rescue, found[of].mean(0), cost[of] / plain
-    starts = [every[name, s]["w = 1"] for s in range(STARTS) if (name, s) in every]
-    if len(starts) == STARTS:
-        yield "mean of 3 starts", np.mean(starts, axis=0), STARTS * cost["w = 1"] / plain
+    starts = [every[name, s]["w = 1"] for s in range(rough.STARTS) if (name, s) in every]
+    if len(starts) == rough.STARTS:
+        yield "mean of 3 starts", np.mean(starts, axis=0), rough.STARTS * cost["w = 1"] / plain
     both = [directions(found[one]) for one in ("last half", "smooth neighbour")]
     price = (cost["last half"] + cost["smooth neighbour"]) / plain
     yield "last half and neighbour, directions", np.mean(both, axis=0), price

@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import magic
 from magic import subsets
-from magic.book import data, models
+from magic.book import data
+from magic.book.recipes import classify
 from magic.evidence.comparison import QUANTILES, spearman
-from tests.experiments import kept
+from tests.experiments import judges, kept
 
 KEPT = Path(__file__).parents[2] / "notebooks" / "banks" / "10_is_it_right_seeds.csv"
 SEEDS, SETS, DROP, TARGETS, RESAMPLES = 12, 100, 0.05, 10, 300
@@ -32,32 +32,21 @@ COLUMNS = [
     "differs", "predicted by", "seeds", "lds", "low", "high", "n", "sets", "targets", "drop", "date", "torch",
     "threads",
 ]  # fmt: skip
+# what differs -> whether the start does, and the order
 DIFFERS = {"the order": (False, True), "the start": (True, False), "both": (True, True)}
-
-
-def loss(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
-def seed_of(number: int, start: bool, order: bool) -> tuple[magic.Run, tuple]:
-    """Chapter 10's recipe; the seed is that of the start, of the order, or of both."""
-    x, y, x_test, y_test = data.digits(train=1200, test=500)
-    torch.manual_seed(number if start else 0)
-    model = models.MLP((64, 128, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches = magic.batches(len(x), size=100, epochs=20, seed=number if order else 0)
-    return magic.Run(model, optimizer, (x, y), loss, batches), (x_test[:TARGETS], y_test[:TARGETS])
 
 
 def measured(differs: str) -> tuple[np.ndarray, np.ndarray]:
     """(seeds, sets, targets): predicted changes and true ones."""
+    x, y, x_test, y_test = data.digits(train=1200, test=500)
+
+    def measure(model):
+        return classify(model, x_test[:TARGETS], y_test[:TARGETS])
+
     predicted, true = [], []
     for number in range(SEEDS):
-        run, test = seed_of(number, *DIFFERS[differs])
-
-        def measure(model, test=test):
-            return loss(model, *test)
-
+        start, order = (number if other else 0 for other in DIFFERS[differs])
+        run = judges.mlp(x, y, start, order)
         sets = subsets.random(run.n, DROP, SETS, seed=0)
         rows = torch.cat([torch.ones(1, run.n), sets])
         outputs = magic.outputs(run, measure, rows, together=50, progress=False).double()

@@ -244,7 +244,7 @@ CALLS = {
     "evidence.ekfac._task": lambda folder: estimated(magic.baselines.ekfac),
     "evidence.explorer._drawn": lambda folder: shown(torch.rand(3, 4, 4)),
     "evidence.explorer_widgets.__init__": lambda folder: magic.explore(scored()).live(),
-    "evidence.judging._area": lambda folder: judging._area(torch.arange(4) == 1, torch.rand(4), 0),
+    "evidence.judging.area": lambda folder: judging.area(torch.arange(4) == 1, torch.rand(4), 0),
     "evidence.judging.frame": lambda folder: magic.Judgement({}, {}, {}).frame(),
     "evidence.optimality._held_out": lambda folder: magic.evidence.optimality.ridge(compared()),
     "evidence.optimality.ridge": lambda folder: magic.evidence.optimality.ridge(compared()),
