@@ -467,6 +467,7 @@ def missed(sets):
     return pd.Series(error_of(sets[ways].to_numpy(), sets[["true"]].to_numpy()), ways)
 
 
+# %%
 bins = pd.cut(chosen["removed"], [0, 12, 60, 1200], labels=["12", "to 60", "to 125"])
 by_kind = chosen.groupby(["output", "chosen", bins], observed=True)[[*ways, "true"]]
 errors = by_kind.apply(missed)
