@@ -4,16 +4,23 @@
 
 with σ the scale and M a mask that is added. PyTorch's fused kernels compute y and its gradient without ever
 holding P, and have no second derivative. Here they compute both, so that a trace has training's bits, and
-P is made again for the pull. Let g be the gradient of y, r the row sums of P∘(g vᵀ). The gradients are
+P is made again for the pull. Let g be the gradient of y, and r the row sums of P∘(g vᵀ), which are those of
+g∘y. The gradients are
 
-    D = P∘(g vᵀ − r),   ∂q = σ D k,   ∂k = σ Dᵀ q,   ∂v = Pᵀ g
+    X = g vᵀ − r,   D = P∘X,   ∂q = σ D k,   ∂k = σ Dᵀ q,   ∂v = Pᵀ g
 
 and cotangents a, b, c of these go, with E = σ (a kᵀ + q bᵀ), e the row sums of E∘P, and F = P∘(E − e),
 
     to g: F v + P c                      to v: Fᵀ g
     to q: σ (H k + D b)                  to k: σ (Hᵀ q + Dᵀ a)
 
-where H = P∘(G − row sums of P∘G) is what reaches S, and G = E∘(g vᵀ − r) − e (g vᵀ) + g cᵀ what reaches P.
+where H = P∘(G − row sums of P∘G) is what reaches S, and G = (E − e)∘X + g cᵀ what reaches P, up to a number for
+each row: since the rows of P add up to 1, such a number changes nothing in H.
+
+These matrices are the largest there are in the pull, one for each example and head, and passing over them
+takes longer than the products. So P∘G = F∘X + P∘(g cᵀ) is made of what is there already, and the two terms of E
+are one product, of [σa, σq] and [k, b].
+
 Where a group of query heads shares a head of keys and values (Ainslie et al. 2023), k, v, b and c are
 repeated for each of the group, and what goes to k and v is added up.
 """
@@ -65,7 +72,7 @@ class _Attention(Function):
             return *_AttentionBackward.apply(g, q, k, v, mask, y.detach(), logsumexp, ctx), None, None
         if torch.is_grad_enabled():
             return *_gradients(g, q, k, v, mask, ctx.way), None, None
-        return *_gradients_at(_kept(ctx), g, q, k, v, _scale(q, ctx.way)), None, None
+        return *_gradients_at(_kept(ctx), y, g, q, k, v, _scale(q, ctx.way)), None, None
 
 
 def _kept(ctx) -> Tensor:
@@ -81,7 +88,7 @@ class _AttentionBackward(Function):
     @staticmethod
     def forward(ctx, g, q, k, v, mask, y, logsumexp, of):
         ctx.of = of  # the ctx of `_Attention`, whose P both derivatives use
-        ctx.save_for_backward(g, q, k, v, mask)
+        ctx.save_for_backward(g, q, k, v, mask, y)
         ctx.set_materialize_grads(False)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, y, logsumexp, 0.0, of.way.causal, attn_mask=mask, scale=of.way.scale
@@ -89,7 +96,7 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def backward(ctx, a, b, c):
-        g, q, k, v, mask = ctx.saved_tensors
+        g, q, k, v, mask, y = ctx.saved_tensors
         way = ctx.of.way
         if torch.is_grad_enabled():
             first = partial(_gradients, mask=mask, way=way)
@@ -97,18 +104,11 @@ class _AttentionBackward(Function):
         group, scale, P = _group(q, k), _scale(q, way), _kept(ctx.of)
         k, v = _repeated(k, group), _repeated(v, group)
         b, c = b if b is None else _repeated(b, group), c if c is None else _repeated(c, group)
-        D, to_P = shared(ctx, lambda: _parts(g, v, P))
-        E = torch.zeros_like(P)
-        if a is not None:
-            E = E + scale * (a @ k.mT)
-        if b is not None:
-            E = E + scale * (q @ b.mT)
-        e = (E * P).sum(-1, keepdim=True)
-        G = E * (to_P - (P * to_P).sum(-1, keepdim=True)) - e * to_P
-        if c is not None:
-            G = G + g @ c.mT
-        H = P * (G - (P * G).sum(-1, keepdim=True))
-        inner = P * (E - e)
+        X, D = shared(ctx, lambda: _parts(P, y, g, v))
+        E = _products([(a if a is None else scale * a, k), (scale * q, b)], P)
+        inner = P * (E - (E * P).sum(-1, keepdim=True))
+        weighted = inner * X if c is None else torch.addcmul(inner * X, P, g @ c.mT)
+        H = torch.addcmul(weighted, P, weighted.sum(-1, keepdim=True), value=-1)
         to_g, to_v, to_q, to_k = inner @ v, inner.mT @ g, H @ k, H.mT @ q
         to_g = to_g if c is None else to_g + P @ c
         to_q = to_q if b is None else to_q + D @ b
@@ -140,28 +140,40 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, way: _Way) -> Tensor:
         S = S + mask
     if way.causal:
         S = S.masked_fill(S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    if mask is None:
+        return S.softmax(-1)
     empty = S.isneginf().all(-1, keepdim=True)  # where all is masked, the kernel makes a row of zeros
     return torch.where(empty, 0.0, torch.where(empty, 0.0, S).softmax(-1))
 
 
-def _parts(g: Tensor, v: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """D and g vᵀ."""
-    to_P = g @ v.mT
-    return P * (to_P - (P * to_P).sum(-1, keepdim=True)), to_P
+def _parts(P: Tensor, y: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """X and D."""
+    X = g @ v.mT - (g * y).sum(-1, keepdim=True)
+    return X, P * X
+
+
+def _products(pairs: list[tuple[Tensor | None, Tensor | None]], like: Tensor) -> Tensor:
+    """The sum of left rightᵀ over the pairs of which both are there, as one product; zeros if there is none."""
+    there = [(left, right) for left, right in pairs if left is not None and right is not None]
+    if not there:
+        return torch.zeros_like(like)
+    left, right = (torch.cat(side, -1) for side in zip(*there, strict=True))
+    return left @ right.mT
 
 
 def _gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: _Way):
     """∂q, ∂k and ∂v, by operations that PyTorch differentiates to any order, and batches."""
-    return _gradients_at(_weights(q, k, mask, way), g, q, k, v, _scale(q, way))
+    P = _weights(q, k, mask, way)
+    return _gradients_at(P, P @ _repeated(v, _group(q, k)), g, q, k, v, _scale(q, way))
 
 
 def _gradients_at(
-    P: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    P: Tensor, y: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_gradients`, where P is there already."""
+    """`_gradients`, where P and y are there already."""
     group = _group(q, k)
     k, v = _repeated(k, group), _repeated(v, group)
-    D, _ = _parts(g, v, P)
+    _, D = _parts(P, y, g, v)
     return scale * (D @ k), _added(scale * (D.mT @ q), group), _added(P.mT @ g, group)
 
 

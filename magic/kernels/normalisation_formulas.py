@@ -179,13 +179,16 @@ def second_derivative(kind: Normalisation, cotangents: Cotangents, given: Given)
 
 
 def _second(kind: Normalisation, cotangents: Cotangents, given: Given) -> Second:
+    """With s times c for c, and so sPc, s q and s r for Pc, q and r."""
     (c, c_w, c_b), (g, (xhat, s, w), ph, m) = cotangents, given
+    c = s * c
     c = c - kind.mean(c)
     q, r = kind.mean(c * xhat), kind.mean(c * ph)
     pc = torch.addcmul(c, xhat, q, value=-1)
-    to_x = torch.addcmul(torch.addcmul(pc * (-s * s * m), ph, -s * s * q), xhat, -s * s * r)
-    to_x = to_x + s * kind.project(g * c_w, xhat)
-    return torch.addcmul(pc * (s * w) + c_b, xhat, c_w), to_x, kind.to_affine(pc * (g * s), w)
+    v = g * c_w
+    to_x = torch.addcmul(v - kind.mean(v), xhat, kind.mean(v * xhat) + r, value=-1)
+    to_x = torch.addcmul(torch.addcmul(to_x, ph, q, value=-1), pc, m, value=-1)
+    return torch.addcmul(torch.addcmul(c_b, pc, w), xhat, c_w), s * to_x, kind.to_affine(pc * g, w)
 
 
 def _second_per_channel(kind: Normalisation, cotangents: Cotangents, given: Given) -> Second:
