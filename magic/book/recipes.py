@@ -79,3 +79,54 @@ def resnet9(
     rate = triangle(optimizer, len(batches))
     loss = augmented(classify) if augment else classify
     return magic.Run(model, optimizer, (x, y), loss, batches, rate, seed=seed)
+
+
+def gpt2(
+    model,
+    train: Tensor,
+    epochs: int = 4,
+    size: int = 64,
+    eps_root: float = 1e-6,
+    seed: int = 0,
+    **options,
+):
+    """GPT-2 on WikiText as EleutherAI train it for studies of attribution (bergson's MAGIC trainer).
+
+    Batches of 64 rows of 512 tokens, 4 epochs; AdamW with betas .95 and .975, a weight decay of .01 and 1e-6
+    under its root; a rate that rises to 8e-4 for a quarter of the run and falls to 8e-5, linearly. Without
+    dropout, where the model is in eval mode, as `magic.text.pretrained` returns it. Source: the card of
+    huggingface.co/EleutherAI/gpt-2-wikitext-chunks-epsroot-1e-6-bs64.
+
+    model    a causal language model of transformers: "gpt2" of `magic.text.pretrained` or `gpt2_of_92m()`
+    train    (n, length + 1) tokens, as of `magic.book.corpora.corpus`
+    options  of the Run, such as accumulate= where a batch does not fit
+    returns  a magic.Run
+    """
+    import magic
+    from magic import text
+
+    groups = [{"params": list(model.parameters()), "eps_root": eps_root}]
+    optimizer = torch.optim.AdamW(groups, lr=8e-4, betas=(0.95, 0.975), weight_decay=0.01)
+    batches = magic.batches(len(train), size, epochs, seed=seed)
+    top, last = max(1, len(batches) // 4), len(batches)
+
+    def share(t: int) -> float:
+        return (t + 1) / top if t < top else 1 - 0.9 * (t + 1 - top) / max(1, last - top)
+
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return magic.Run(model, optimizer, (train,), text.loss(), batches, rate, seed=seed, **options)
+
+
+def gpt2_of_92m(vocabulary: int = 50_257, length: int = 512, seed: int = 0):
+    """A GPT-2 of 92 million parameters with a random start, for TinyStories: Chen et al. 2026.
+
+    arXiv 2609.15044 gives this number and no layout. Twelve layers of width 640 over GPT-2's own tokens have
+    as many. In eval mode, so without dropout.
+    """
+    from ..show import needs
+
+    transformers = needs("transformers", "text", "recipes.gpt2_of_92m needs")
+    torch.manual_seed(seed)
+    shape = {"n_layer": 12, "n_embd": 640, "n_head": 10, "n_positions": length}
+    config = transformers.GPT2Config(vocab_size=vocabulary, **shape)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

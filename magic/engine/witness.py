@@ -38,7 +38,7 @@ from .vjp import pull
 # cast that `magic.kernels.precision` could undo.
 STEPS = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOLERANCE = 1e-3  # relative; a missing path changes a derivative by far more, and a difference is this good
-EXAMPLES, FEW = 4, 2  # of a batch; few in a large model, where each takes much memory and time
+EXAMPLES, FEW = 8, 2  # of a batch; few in a large model, where each takes much memory and time
 LARGE = 10_000_000  # parameters
 
 

@@ -91,7 +91,10 @@ def outputs(
 
 
 def _how(how: str, together: int | None, jobs: int | None, bank: Bank | None) -> str:
-    """How examples are removed. Raises ValueError for arguments that contradict each other."""
+    """How examples are removed. Raises ValueError for arguments that contradict each other, and TypeError for
+    a bank that is none."""
+    if bank is not None and not isinstance(bank, Bank):
+        raise TypeError(f"bank={bank!r}: give a magic.Bank(path, run, measure)")
     if together is None:
         if bank is not None and bank.how == "together":
             raise ValueError(f"{bank.path}: this bank is of trainings made together; give together= as well")

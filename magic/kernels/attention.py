@@ -14,12 +14,12 @@ and cotangents a, b, c of these go, with E = σ (a kᵀ + q bᵀ), e the row sum
     to g: F v + P c                      to v: Fᵀ g
     to q: σ (H k + D b)                  to k: σ (Hᵀ q + Dᵀ a)
 
-where H = P∘(G − row sums of P∘G) is what reaches S, and G = (E − e)∘X + g cᵀ what reaches P, up to a number for
-each row: since the rows of P add up to 1, such a number changes nothing in H.
+where H = P∘(G − row sums of P∘G) is what reaches S, and G = (E − e)∘X + g cᵀ is what reaches P, up to a
+number for each row: since the rows of P add up to 1, such a number changes nothing in H.
 
-These matrices are the largest there are in the pull, one for each example and head, and passing over them
-takes longer than the products. So P∘G = F∘X + P∘(g cᵀ) is made of what is there already, and the two terms of E
-are one product, of [σa, σq] and [k, b].
+These matrices are the largest of the pull, one for each example and head, and to pass over them takes longer
+than the products. So P∘G = F∘X + P∘(g cᵀ) is made of what is there already, and the two terms of E are one
+product, of [σa, σq] and [k, b].
 
 Where a group of query heads shares a head of keys and values (Ainslie et al. 2023), k, v, b and c are
 repeated for each of the group, and what goes to k and v is added up.
@@ -72,7 +72,9 @@ class _Attention(Function):
             return *_AttentionBackward.apply(g, q, k, v, mask, y.detach(), logsumexp, ctx), None, None
         if torch.is_grad_enabled():
             return *_gradients(g, q, k, v, mask, ctx.way), None, None
-        return *_gradients_at(_kept(ctx), y, g, q, k, v, _scale(q, ctx.way)), None, None
+        P = _kept(ctx)
+        _, D = _parts(P, y, g, _repeated(v, _group(q, k)))
+        return *_gradients_at(P, D, g, q, k, _scale(q, ctx.way)), None, None
 
 
 def _kept(ctx) -> Tensor:
@@ -153,7 +155,7 @@ def _parts(P: Tensor, y: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _products(pairs: list[tuple[Tensor | None, Tensor | None]], like: Tensor) -> Tensor:
-    """The sum of left rightᵀ over the pairs of which both are there, as one product; zeros if there is none."""
+    """The sum of left rightᵀ over the pairs of which both are there, as one product; or zeros."""
     there = [(left, right) for left, right in pairs if left is not None and right is not None]
     if not there:
         return torch.zeros_like(like)
@@ -163,18 +165,21 @@ def _products(pairs: list[tuple[Tensor | None, Tensor | None]], like: Tensor) ->
 
 def _gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: _Way):
     """∂q, ∂k and ∂v, by operations that PyTorch differentiates to any order, and batches."""
-    P = _weights(q, k, mask, way)
-    return _gradients_at(P, P @ _repeated(v, _group(q, k)), g, q, k, v, _scale(q, way))
+    P, v = _weights(q, k, mask, way), _repeated(v, _group(q, k))
+    _, D = _parts(P, P @ v, g, v)
+    return _gradients_at(P, D, g, q, k, _scale(q, way))
 
 
 def _gradients_at(
-    P: Tensor, y: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    P: Tensor, D: Tensor, g: Tensor, q: Tensor, k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_gradients`, where P and y are there already."""
+    """∂q, ∂k and ∂v of P and D."""
     group = _group(q, k)
-    k, v = _repeated(k, group), _repeated(v, group)
-    _, D = _parts(P, y, g, v)
-    return scale * (D @ k), _added(scale * (D.mT @ q), group), _added(P.mT @ g, group)
+    return (
+        scale * (D @ _repeated(k, group)),
+        _added(scale * (D.mT @ q), group),
+        _added(P.mT @ g, group),
+    )
 
 
 def attention(

@@ -1,12 +1,15 @@
 """Published recipes, and augmentation that is a function of the seed and the step."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 import magic
-from magic.book import data, recipes
+from magic import text
+from magic.book import corpora, data, recipes
+from tests.experiments import gpt2_wikitext
 
 
 def test_crops_and_flips_are_windows_of_the_mirrored_image():
@@ -61,3 +64,67 @@ def test_the_published_resnet9():
     assert other.train(progress=False).fingerprint() != run.train(progress=False).fingerprint()
     scores = magic.attribute(other, lambda m: recipes.classify(m, x_test[:2], y_test[:2]), progress=False)
     assert scores.values.isfinite().all() and scores.health.verified >= 0
+
+
+@pytest.fixture
+def stories(tmp_path):
+    """A folder with documents of a corpus, one of them empty."""
+    datasets = pytest.importorskip("datasets")
+    texts = [f"Story {i}. " + "Once there was a fox who could count. " * (i % 3 + 1) for i in range(30)]
+    datasets.Dataset.from_dict({"text": [*texts, "  "]}).save_to_disk(tmp_path / "stories")
+    datasets.Dataset.from_dict({"story": texts}).save_to_disk(tmp_path / "nameless")
+    return tmp_path
+
+
+def test_a_corpus_is_cut_into_rows_without_a_gap(stories):
+    tokenizer, folder = text.byte_tokenizer(), str(stories / "stories")
+    train, test = corpora.corpus(folder, tokenizer, train=20, test=4, length=32)
+    assert train.shape == (20, 33) and test.shape == (4, 33) and train.dtype == torch.int64
+    rows = [row.tolist() for row in torch.cat([train, test])]
+    first = next(row for row in rows if tokenizer.decode(row[:8]) == "Story 0.")
+    assert tokenizer.decode(first) == "Story 0. Once there was a fox who"
+    ends = [tokenizer.decode(row) for row in rows if tokenizer.eos_token_id in row]
+    assert any(".</s>Story" in end.replace(" ", "") for end in ends), (
+        "an end of text is between two documents"
+    )
+    again, _ = corpora.corpus(folder, tokenizer, train=20, test=4, length=32)
+    other, _ = corpora.corpus(folder, tokenizer, train=20, test=4, length=32, seed=1)
+    assert torch.equal(train, again) and not torch.equal(train, other)
+
+
+def test_a_corpus_that_is_not_there(stories, monkeypatch):
+    tokenizer = text.byte_tokenizer()
+    with pytest.raises(ValueError, match=r"has 2,.* tokens, and 33,001 are needed"):
+        corpora.corpus(str(stories / "stories"), tokenizer, train=1000, test=100, length=30)
+    with pytest.raises(ValueError, match="no column 'text', but story"):
+        corpora.corpus(str(stories / "nameless"), tokenizer, train=2, test=1)
+    import datasets
+
+    def offline(*of, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(OSError, match=r"'wikitext' could not be loaded: no network.*save_to_disk.*HF_HOME"):
+        corpora.corpus("wikitext", tokenizer, train=2, test=1)
+
+
+def test_gpt2_as_published():
+    model, train, test = gpt2_wikitext.tiny()
+    run = recipes.gpt2(model.double(), train, size=12, epochs=4, accumulate=2)
+    rates = magic.hyper(run, "lr")[:, 0]
+    assert run.steps == 16 and rates.argmax() == 3 and rates[0] == pytest.approx(2e-4)
+    assert rates.max() == pytest.approx(8e-4) and rates[-1] == pytest.approx(8e-5)
+    assert magic.hyper(run, "eps_root").unique().item() == pytest.approx(1e-6)
+    scores = magic.attribute(run, lambda model: text.loss()(model, test[:2]), progress=False)
+    assert scores.values.abs().max() > 0 and magic.verify(scores, progress=False).ok
+    with torch.device("meta"):
+        large = recipes.gpt2_of_92m()
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(92e6, rel=0.01) and not large.training
+
+
+def test_the_experiment_with_gpt2_rehearsed(tmp_path):
+    out = tmp_path / "found.jsonl"
+    words = ["--small", "--sets", "8", "--targets", "2", "--drop", "0.1", "--out", str(out)]
+    row = gpt2_wikitext.main(words)
+    assert json.loads(out.read_text()) == row and row["n"] == 48 and -1 <= row["lds"] <= 1
+    assert out.with_suffix(".sqlite").exists()

@@ -286,6 +286,8 @@ def test_a_file_that_is_no_bank(tmp_path):
         magic.Bank(tmp_path / "text", run, measure)
     with pytest.raises(OSError, match="cannot be used as a bank"):
         magic.Bank(tmp_path / "no" / "folder" / "bank.sqlite", run, measure)
+    with pytest.raises(TypeError, match=r"give a magic.Bank\(path, run, measure\)"):
+        magic.outputs(run, measure, run.weights()[None], bank=tmp_path / "bank.sqlite")
 
 
 def test_a_locked_file(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 
 import magic
 from magic import subsets, text
-from magic.book import checks, data, models, plot
+from magic.book import checks, corpora, data, models, plot, recipes
 from magic.evidence import judging
 from magic.show import DISTRIBUTIONS, Figure
 from tests.evidence.test_controls import texts
@@ -231,9 +231,11 @@ def in_a_wheel(folder):
 
 CALLS = {
     "attribution.top": lambda folder: scored().top(0),
+    "book.corpora._documents": lambda folder: corpora.corpus(str(folder), None, 1, 1),
     "book.data._torchvision": lambda folder: data.cifar10(root=folder),
     "book.data.digits": lambda folder: data.digits(),
     "book.plot._libraries": lambda folder: plot.style(),
+    "book.recipes.gpt2_of_92m": lambda folder: recipes.gpt2_of_92m(),
     "engine.files._safetensors": lambda folder: magic.train(small_run()[0], disk=folder, progress=False),
     "evidence.bank.frame": lambda folder: magic.Bank(":memory:", *small_run()).frame(),
     "evidence.comparison.ready": lambda folder: magic.lds(scored(), drop=0.1, subsets=3),

@@ -50,8 +50,8 @@ ORDER = [
 ]  # fmt: skip
 WINGS = ["identity", "kernels", "training", "engine", "evidence", "text", "book"]
 LEAVES = [
-    "book.plot", "book.data", "book.recipes", "book.banks", "book.models", "book.checks", "book.fill_in",
-    "book.claims_table",
+    "book.plot", "book.data", "book.recipes", "book.corpora", "book.banks", "book.models", "book.checks",
+    "book.fill_in", "book.claims_table",
     "book.exercises.judging",
     *(f"book.exercises.chapter_{chapter:02}" for chapter in range(17)),
     "book.exercises.small_run", "book.exercises.capstone",
