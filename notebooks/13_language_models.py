@@ -474,7 +474,7 @@ claim("its outputs differ, over their standard deviation, by", far, at_most=0.01
 # ## What we ignored
 #
 # - **Size.** Sixty thousand parameters, and words for tokens. `magic.text.pretrained` loads larger models, and with LoRA only the
-#   adapters are differentiated; see [the guide](guide.md).
+#   adapters are differentiated; see [the guide](guide.md), which also says how to score GPT-2 fine-tuned on WikiText.
 # - **Facts.** The model says what often follows. What taught a model a *fact*, said once and in many ways, is a harder question, to a larger model.
 
 # %% [markdown]
