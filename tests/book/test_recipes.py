@@ -9,7 +9,7 @@ import torch
 import magic
 from magic import text
 from magic.book import corpora, data, recipes
-from tests.experiments import gpt2_wikitext
+from tests.experiments import gpt2_wikitext, resnet9_fashion
 
 
 def test_crops_and_flips_are_windows_of_the_mirrored_image():
@@ -128,3 +128,13 @@ def test_the_experiment_with_gpt2_rehearsed(tmp_path):
     row = gpt2_wikitext.main(words)
     assert json.loads(out.read_text()) == row and row["n"] == 48 and -1 <= row["lds"] <= 1
     assert out.with_suffix(".sqlite").exists()
+
+
+def test_the_experiment_with_resnet9_rehearsed(tmp_path):
+    sizes = {"images": 120, "size": 8, "width": 2, "epochs": 1, "batch": 40, "targets": 2, "sets": 8}
+    asked = sizes | {"folder": tmp_path, "out": tmp_path / "found.jsonl"}
+    words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    row = resnet9_fashion.main(words)
+    assert json.loads((tmp_path / "found.jsonl").read_text()) == row and row["steps"] == 3
+    assert all(-1 <= row[f"{point}, 5%, mean"] <= 1 for point in ("w = 1", "centre"))
+    assert resnet9_fashion.main(words)["w = 1, 1%, mean"] == row["w = 1, 1%, mean"], "from folder and bank"
