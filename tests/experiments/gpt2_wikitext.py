@@ -12,7 +12,6 @@ is added to --out. `--small` does all of it with a tiny model over Python's docu
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -95,11 +94,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> dict:
     asked = arguments(words)
-    row = measured(asked)
-    with asked.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
-    return row
+    return kept.add_line(asked.out, measured(asked))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the experiments share: rows of a CSV file, and on what they were measured."""
+"""What the experiments share: rows of a file, and on what they were measured."""
 
 from __future__ import annotations
 
 import csv
+import json
 import time
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def write(path: Path, columns: list[str], rows: list[dict]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def add_line(path: Path, row: dict) -> dict:
+    """The row, printed and added to a file of JSON lines."""
+    line = json.dumps(row)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(line)
+    return row
 
 
 def provenance() -> dict:

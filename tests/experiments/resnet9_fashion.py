@@ -12,7 +12,6 @@ of JSON is added to --out.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -79,11 +78,7 @@ def measured(asked: argparse.Namespace) -> dict:
 
 def main(words: list[str] | None = None) -> dict:
     asked = arguments(words)
-    row = measured(asked)
-    with asked.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
-    return row
+    return kept.add_line(asked.out, measured(asked))
 
 
 if __name__ == "__main__":
