@@ -18,8 +18,8 @@ maximum pooling, the first steps of Adam), the derivative misses them at every p
 agree. So a second number is taken: by how much outputs move beyond the tangent's prediction when every
 weight is jittered by a hundredth. A smooth output hardly does; a jagged one mostly does.
 
-Chapter 12 fits the formula below to every other of thirty recipes and judges it on those between; the
-constants here are those of a fit to all.
+Chapter 12 fits the formula below to every other of thirty recipes on the digits and judges it on those
+between, on a ResNet-9 and on a small GPT-2; the constants here are those of a fit to all thirty.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .outputs import outputs
 
 JITTER = 0.01  # the standard deviation of a jittered weight, in weights
 # atanh LDS = OFFSET + SLOPE · atanh(agreement) + JAGGED · log₁₀(1 + jaggedness), and the standard deviation
-# about it: fitted to 79 trainings of 30 recipes by `python -m tests.experiments.rough_tables`
-OFFSET, SLOPE, JAGGED, SPREAD = 0.303, 0.809, -0.301, 0.215
+# about it: fitted to 84 trainings of 30 recipes by `python -m tests.experiments.rough_tables`
+OFFSET, SLOPE, JAGGED, SPREAD = 0.296, 0.81, -0.298, 0.21
 MOST = 0.9999  # an agreement beyond this one counts as this one
 
 
