@@ -547,7 +547,8 @@ forecast
 
 # %%
 recipes = pd.read_csv(f"{BANK}_recipes.csv")
-digits, clothing = (recipes[recipes["knob"].str.contains("clothing") == there] for there in (False, True))
+other = recipes["knob"].str.contains("clothing")
+digits, clothing = recipes[~other], recipes[other]
 names = list(dict.fromkeys(digits["recipe"]))
 even = digits["recipe"].map(names.index) % 2 == 0
 
@@ -573,7 +574,8 @@ def expect(table):
 language = pd.read_csv(f"{BANK}_language.csv")
 held, elsewhere = expect(digits[~even]), expect(pd.concat([clothing, language]))
 inside, inside_elsewhere = (
-    table["lds"].between(table["expected low"], table["expected high"]) for table in (held, elsewhere)
+    table["lds"].between(table["expected low"], table["expected high"])
+    for table in (held, elsewhere)
 )
 
 # %%

@@ -62,11 +62,12 @@ def _documents(name: str):
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(*NAMES.get(name, (name,)), split="train")
-    except (OSError, ValueError) as error:  # of datasets, these are all that tell of nothing found
+    except (OSError, ValueError) as error:  # what datasets raises where it finds nothing
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise OSError(
-            f"{name!r} could not be loaded: {str(error).splitlines()[0]} Where there is no network, give the "
-            "path of a folder: load_dataset(…, split='train').save_to_disk(folder) writes one on a machine "
-            "that has it, and a hub's cache can be copied to the folder that HF_HOME names"
+            f"{name!r} could not be loaded: {why}. Where there is no network, give the path of a folder: "
+            "load_dataset(…, split='train').save_to_disk(folder) writes one on a machine that has it, and a "
+            "hub's cache can be copied to the folder that HF_HOME names"
         ) from error
     if "text" not in found.column_names:
         raise ValueError(f"{name!r} has no column 'text', but {', '.join(found.column_names)}")

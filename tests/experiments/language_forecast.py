@@ -38,8 +38,7 @@ def row(batch: int, root: float, dropout: float) -> dict:
     (judged,) = [
         cell
         for cell in kept.read(sweep.KEPT)
-        if (int(cell["batch"]), float(cell["eps_root"]), float(cell["dropout"])) == (batch, root, dropout)
-        and cell["masks"] != "other"
+        if sweep.key(cell) == (batch, root, dropout) and cell["masks"] != "other"
     ]
     return {
         "recipe": f"GPT-2, batch {batch}, root {root:g}, dropout {dropout:g}",
@@ -55,7 +54,7 @@ def row(batch: int, root: float, dropout: float) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     rows = kept.read(KEPT)
-    there = {(int(r["batch"]), float(r["eps_root"]), float(r["dropout"])) for r in rows}
+    there = {language_sweep.key(row) for row in rows}
     for cell in CELLS:
         if cell not in there:
             rows.append(row(*cell))

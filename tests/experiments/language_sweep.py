@@ -107,13 +107,18 @@ def cell(batch: int, root: float, dropout: float) -> list[dict]:
     return rows
 
 
+def key(row: dict) -> tuple[int, float, float]:
+    """Batch size, root and dropout of a row that was kept."""
+    return int(row["batch"]), float(row["eps_root"]), float(row["dropout"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=None, help="stop after so many")
     limit = parser.parse_args().cells
     torch.set_num_threads(1)
     rows = kept.read(KEPT)
-    there = {(int(r["batch"]), float(r["eps_root"]), float(r["dropout"])) for r in rows}
+    there = {key(row) for row in rows}
     todo = list(itertools.product(BATCHES, ROOTS, DROPOUTS))
     todo.sort(key=lambda one: sum(a != b for a, b in zip(one, CHAPTER, strict=True)))
     for one in [cell for cell in todo if cell not in there][:limit]:

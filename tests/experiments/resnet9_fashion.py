@@ -6,7 +6,7 @@ It is trained as Chen et al. 2026 (arXiv 2609.15044) train theirs on CIFAR-10 (`
 at the size that is asked for: --size in pixels, --width of the first layer, whose own is 80. The outputs are
 the losses of some test images. At w = 1 their scores are judged by trainings without random 1 % of the images
 and, as those at the centre, without 5 %. Replays and trainings that were stopped go on from --folder. A line
-of JSON is added to --out.
+of JSON is added to --out; its seconds are those of the last call.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ def measured(asked: argparse.Namespace) -> dict:
                 for end in ("mean", "low", "high")
             }
             print(found, flush=True)
-    device = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     sizes = {name: getattr(asked, name) for name in ("images", "size", "width", "epochs", "batch", "targets")}
-    right = {"accuracy": round(right, 4), "sets": asked.sets, "steps": run.steps}
-    return {**sizes, **right, **found, **seconds, "device": device, **kept.provenance()}
+    return {
+        **sizes, "accuracy": round(right, 4), "sets": asked.sets, "steps": run.steps, **found, **seconds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **kept.provenance(),
+    }  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> dict:

@@ -10,10 +10,11 @@ sets; eight trainings with jittered weights. Where the LDS is below .95, also wh
 at three jittered weights, through the last half and the last quarter, and of a smooth neighbour; 15 more
 retrainings, for corrections. The roughest recipes are replayed at 32 sets, for means over many. All that
 takes minutes a recipe, and is kept in data/rough, a file for each: a recipe that is there is not measured
-again. From these files tests/experiments/rough_tables.py writes two tables that chapter 12 shows,
+again. From these files tests/experiments/rough_tables.py writes three tables that chapter 12 shows,
 
     notebooks/banks/12_how_far_does_a_tangent_reach_recipes.csv   a row for each recipe and start
     notebooks/banks/12_how_far_does_a_tangent_reach_rescues.csv   a row for each of these and each rescue
+    notebooks/banks/12_how_far_does_a_tangent_reach_many.csv      a row for each mean over many sets
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ NOTEBOOKS = ROOT / "notebooks"
 NO_PAIRS = {"fill_in", ".ipynb_checkpoints"}
 PAIRS = sorted(p for p in NOTEBOOKS.rglob("*.ipynb") if not NO_PAIRS & set(p.parts))
 LINES = 25
+WIDTH = 100  # of a line of code; a page clips what is longer
 NOT_COMPARED = "nbval-ignore-output"
 # a tag that is spelled otherwise does nothing; nbval-skip is left out on purpose
 TAGS = {
@@ -109,7 +110,14 @@ def comparison_problems(notebook) -> list[str]:
 
 def size_problems(notebook) -> list[str]:
     lengths = [len(cell.source.splitlines()) for cell in code_cells(notebook)]
-    return [f"code cell {i} has {n} lines, more than {LINES}" for i, n in enumerate(lengths, 1) if n > LINES]
+    problems = [
+        f"code cell {i} has {n} lines, more than {LINES}" for i, n in enumerate(lengths, 1) if n > LINES
+    ]
+    for i, cell in enumerate(code_cells(notebook), 1):
+        widest = max(map(len, cell.source.splitlines()), default=0)
+        if widest > WIDTH:
+            problems.append(f"code cell {i} has a line of {widest} characters, more than {WIDTH}")
+    return problems
 
 
 def problems(path: Path) -> list[str]:
@@ -217,6 +225,7 @@ FAULTS = [
     (add("plot()", shown("image/png")), "code cell 5 shows a figure and is not tagged"),
     (add("warn()", printed("careful", "stderr")), "code cell 5 writes to stderr"),
     (add("x = 1\n" * (LINES + 1)), "code cell 5 has 26 lines"),
+    (add("x = 1" + " " * 93 + "# 1"), "code cell 5 has a line of 101 characters"),
     (silence, "stores no text that nbval compares"),
     (only_a_bar, "stores no text that nbval compares"),
     (other_kernel, "does not name the kernel python3"),
