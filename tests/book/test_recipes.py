@@ -9,7 +9,7 @@ import torch
 import magic
 from magic import text
 from magic.book import corpora, data, recipes
-from tests.experiments import gpt2_wikitext, resnet9_fashion
+from tests.experiments import gpt2_wikitext, kept, resnet9_fashion
 
 
 def test_crops_and_flips_are_windows_of_the_mirrored_image():
@@ -131,10 +131,24 @@ def test_the_experiment_with_gpt2_rehearsed(tmp_path):
 
 
 def test_the_experiment_with_resnet9_rehearsed(tmp_path):
-    sizes = {"images": 120, "size": 8, "width": 2, "epochs": 1, "batch": 40, "targets": 2, "sets": 8}
-    asked = sizes | {"folder": tmp_path, "out": tmp_path / "found.jsonl"}
-    words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    row = resnet9_fashion.main(words)
-    assert json.loads((tmp_path / "found.jsonl").read_text()) == row and row["steps"] == 3
-    assert all(-1 <= row[f"{point}, 5%, mean"] <= 1 for point in ("w = 1", "centre"))
-    assert resnet9_fashion.main(words)["w = 1, 1%, mean"] == row["w = 1, 1%, mean"], "from folder and bank"
+    sizes = {"images": 120, "size": 8, "width": 2, "epochs": 1, "batch": 40, "targets": 2, "sets": 6}
+    files = {"folder": tmp_path, "out": tmp_path / "found.csv", "points": tmp_path / "points.csv"}
+    words = [word for name, value in (sizes | files).items() for word in (f"--{name}", str(value))]
+    rows = resnet9_fashion.main(words)
+    judged = {(row["method"], row["removed"]): row["lds"] for row in rows if "lds" in row}
+    methods = {"MAGIC, w = 1": "15", "MAGIC, centre": "5", "EK-FAC": "15", "TRAK": "15"}
+    assert list(judged) == [(name, f"{drop}%") for name, drops in methods.items() for drop in drops]
+    assert (
+        all(-1 <= lds <= 1 for lds in judged.values())
+        and judged["MAGIC, w = 1", "1%"] > 0.5
+        and rows[0]["steps"] == 3
+    )
+    points = kept.read(files["points"])
+    assert len(points) == 7 * 6 * 2 + 2
+    alone = [p for p in points if p["removed"] == "image 42"]
+    assert len(alone) == 2 and all(float(p["true"]) != float(p["before"]) for p in alone)
+    other = [row | {"images": 999} for row in rows[:2]]
+    resnet9_fashion.write(files["out"], resnet9_fashion.COLUMNS, other)
+    resnet9_fashion.write(files["out"], resnet9_fashion.COLUMNS, rows)
+    found = kept.read(files["out"])
+    assert [row["images"] for row in found] == ["999"] * 2 + ["120"] * len(rows), "each size in its place"

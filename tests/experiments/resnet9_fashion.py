@@ -1,85 +1,179 @@
-"""The published ResNet-9 recipe on Fashion-MNIST: its LDS at 1 and 5 %.
+"""The published ResNet-9 recipe on Fashion-MNIST: its LDS at 1 and 5 %, beside those of TRAK and EK-FAC.
 
-`python -m tests.experiments.resnet9_fashion [--images 10000 --size 14 --width 10 --targets 8 --sets 30]`
+`python -m tests.experiments.resnet9_fashion [--images 10000 --size 14 --width 10 --targets 8 --sets 20]`
 
 It is trained as Chen et al. 2026 (arXiv 2609.15044) train theirs on CIFAR-10 (`magic.book.recipes.resnet9`),
 at the size that is asked for: --size in pixels, --width of the first layer, whose own is 80. The outputs are
-the losses of some test images. At w = 1 their scores are judged by trainings without random 1 % of the images
-and, as those at the centre, without 5 %. Replays and trainings that were stopped go on from --folder. A line
-of JSON is added to --out; its seconds are those of the last call.
+the losses of the first test images. Their scores at w = 1 are judged by trainings without random 1 and 5 % of
+the images, those at the centre by the 5 %; so are TRAK's, with --models trained models, and EK-FAC's, each
+with the best of a few settings, which favours them. Last, image 42 is left out for once.
+
+Replays and trainings that were stopped go on from --folder. --out gets a row for each method and removal,
+with --points the predicted and true outputs beside it; rows of the same size and device are replaced. The
+seconds are those of the last call, which goes on from what there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import magic
+from magic import baselines, subsets
 from magic.book import data, recipes
 from tests.experiments import kept
+
+DROPS = (0.01, 0.05)
+DIMENSIONS, DAMPINGS = (512, 2048), (None, 0.1)  # of TRAK's projection, and of EK-FAC
+SIZES = ("images", "size", "width", "epochs", "batch", "targets", "sets", "models", "seed")
+WHERE = (*SIZES, "device")
+COLUMNS = [*WHERE, "steps", "parameters", "accuracy", "method", "removed", "lds", "low", "high", "r2",
+           "seconds", "date", "torch", "threads"]  # fmt: skip
+POINTS = [*WHERE, "method", "removed", "set", "target", "predicted", "true", "before"]
+BANKS = Path(__file__).parents[2] / "notebooks" / "banks"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--size", type=int, default=28)
-    parser.add_argument("--width", type=int, default=80)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--targets", type=int, default=100)
-    parser.add_argument("--sets", type=int, default=60)
+    sizes = {"images": 60_000, "size": 28, "width": 80, "epochs": 20, "batch": 500, "targets": 100,
+             "sets": 60, "models": 3, "seed": 0}  # fmt: skip
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--memory", default="4GB")
     parser.add_argument("--folder", type=Path, default=Path("data") / "resnet9")
-    parser.add_argument("--out", type=Path, default=Path("data") / "resnet9" / "found.jsonl")
+    parser.add_argument("--out", type=Path, default=BANKS / "15_at_the_scale_resnet9.csv")
+    parser.add_argument("--points", type=Path, default=BANKS / "15_at_the_scale_resnet9_points.csv")
     return parser.parse_args(given)
 
 
-def measured(asked: argparse.Namespace) -> dict:
-    """The row for --out."""
+@dataclass
+class Found:
+    """Rows for the two files, and the scores at w = 1."""
+
+    same: dict
+    at_1: magic.Attribution | None = None
+    rows: list[dict] = field(default_factory=list)
+    points: list[dict] = field(default_factory=list)
+    clock: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Those since the last call."""
+        before, self.clock = self.clock, time.perf_counter()
+        return round(self.clock - before, 1)
+
+    def add(self, method: str, removed: str, judged=None, seconds: float | None = None) -> None:
+        """A row, printed at once."""
+        row = {"method": method, "removed": removed, "seconds": seconds}
+        if judged is not None:
+            figure = judged.spearman
+            row |= {name: round(getattr(figure, end), 4)
+                    for name, end in (("lds", "mean"), ("low", "low"), ("high", "high"))}  # fmt: skip
+            row["r2"] = round(judged.r2.mean, 4)
+            self.draw(method, removed, judged.predicted, judged.true, judged.baseline)
+        print(row, flush=True)
+        self.rows.append(self.same | row)
+
+    def draw(self, method: str, removed: str, predicted, true, before) -> None:
+        """Points of predicted and true outputs, (S, K), and (K,) of the model with all images."""
+        given = {name: self.same[name] for name in WHERE} | {"method": method, "removed": removed}
+        for s, pair in enumerate(zip(predicted.tolist(), true.tolist(), strict=True)):
+            for k, (guess, truth) in enumerate(zip(*pair, strict=True)):
+                place = {"set": s, "target": k, "predicted": guess, "true": truth, "before": before[k].item()}
+                self.points.append(given | place)
+
+
+def the_run(asked: argparse.Namespace):
+    """The run, its first test images and the others, of which the accuracy is taken."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y, x_test, y_test = (
         part.to(device) for part in data.fashion_mnist(asked.images, asked.targets + 500, size=asked.size)
     )
-    run = recipes.resnet9((x, y), asked.width, asked.epochs, asked.batch)
+
+    def recipe(seed: int) -> magic.Run:
+        return recipes.resnet9((x, y), asked.width, asked.epochs, asked.batch, seed=seed)
+
+    return recipe, (x_test[: asked.targets], y_test[: asked.targets]), (x_test, y_test)
+
+
+def measured(asked: argparse.Namespace) -> Found:
+    """The rows of all methods."""
+    recipe, test, (x_test, y_test) = the_run(asked)
+    run = recipe(asked.seed)
 
     def measure(model):
-        return recipes.classify(model, x_test[: asked.targets], y_test[: asked.targets])
+        return recipes.classify(model, *test)
 
-    clock = time.perf_counter()
+    start = time.perf_counter()
     final = run.train(progress=False)
-    seconds = {"training, s": round(time.perf_counter() - clock, 1)}
+    took = round(time.perf_counter() - start, 1)
     with torch.no_grad():
         right = (run.model(final).eval()(x_test).argmax(1) == y_test).double().mean().item()
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
+    same = {name: getattr(asked, name) for name in SIZES} | {"device": device, "accuracy": round(right, 4)}
+    same |= {"steps": run.steps, "parameters": sum(p.numel() for p in run.initial.params.values())}
+    found = Found(same | kept.provenance())
+    found.add("training", "nothing", seconds=took)
     asked.folder.mkdir(parents=True, exist_ok=True)
-    bank, found = magic.Bank(asked.folder / "bank.sqlite", run, measure), {}
-    for point, at, drops in (("w = 1", None, (0.01, 0.05)), ("centre", "centre", (0.05,))):
-        clock = time.perf_counter()
+    bank = magic.Bank(asked.folder / "bank.sqlite", run, measure)
+
+    def judge(scores, drop: float):
+        return magic.lds(scores, drop=drop, subsets=asked.sets, bank=bank, jobs=1, progress=False)
+
+    replays(found, run, measure, asked, judge)
+    predicted = found.at_1.outputs + found.at_1.removal_effect([42])
+    true = magic.outputs(run, measure, subsets.single(run.n, [42]), bank=bank, progress=False)
+    found.draw("MAGIC, w = 1", "image 42", predicted[None], true, found.at_1.outputs)
+    others = [recipe(seed).train(progress=False) for seed in range(asked.seed + 1, asked.seed + asked.models)]
+    rivals(found, run, test, [*others, final], lambda s, drop: judge(found.at_1.like(s.values), drop))
+    return found
+
+
+def replays(found: Found, run: magic.Run, measure, asked: argparse.Namespace, judge) -> None:
+    """Rows of the scores at w = 1 and of those at the centre of 5 %."""
+    for point, at, drops in (("w = 1", None, DROPS), ("centre", "centre", DROPS[1:])):
+        found.seconds()
         scores = magic.attribute(
             run, measure, at=at, drop=0.05 if at else None, memory=asked.memory, progress=False,
             disk=asked.folder / point.replace(" ", ""),
         )  # fmt: skip
-        seconds[f"scores at {point}, s"] = round(time.perf_counter() - clock, 1)
-        print(point, seconds, flush=True)
+        found.at_1 = found.at_1 or scores
+        seconds = found.seconds()
         for drop in drops:
-            judged = magic.lds(scores, drop=drop, subsets=asked.sets, bank=bank, jobs=1, progress=False)
-            found |= {
-                f"{point}, {drop:.0%}, {end}": round(getattr(judged.spearman, end), 4)
-                for end in ("mean", "low", "high")
-            }
-            print(found, flush=True)
-    sizes = {name: getattr(asked, name) for name in ("images", "size", "width", "epochs", "batch", "targets")}
-    return {
-        **sizes, "accuracy": round(right, 4), "sets": asked.sets, "steps": run.steps, **found, **seconds,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **kept.provenance(),
-    }  # fmt: skip
+            found.add(f"MAGIC, {point}", f"{drop:.0%}", judge(scores, drop), seconds)
 
 
-def main(words: list[str] | None = None) -> dict:
+def rivals(found: Found, run: magic.Run, test: tuple, states: list, judge) -> None:
+    """Rows of TRAK and of EK-FAC, each with the setting that ranks best."""
+    dimensions = sorted({min(dim, run.n // 4) for dim in DIMENSIONS})
+    for method, settings, make in (
+        ("EK-FAC", DAMPINGS, lambda s: baselines.ekfac(run, test, states[-1], damping=s)),
+        ("TRAK", dimensions, lambda s: baselines.trak(run, test, states, dim=s)),
+    ):
+        found.seconds()
+        scores = [make(setting) for setting in settings]
+        seconds = round(found.seconds() / len(settings), 1)
+        for drop in DROPS:
+            judged = max((judge(one, drop) for one in scores), key=lambda result: result.mean)
+            found.add(method, f"{drop:.0%}", judged, seconds)
+
+
+def write(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """The rows in the place of those of the same size and device."""
+    own = {tuple(str(row[name]) for name in WHERE) for row in rows}
+    others = [row for row in kept.read(path) if tuple(row[name] for name in WHERE) not in own]
+    kept.write(path, columns, [*others, *rows])
+
+
+def main(words: list[str] | None = None) -> list[dict]:
     asked = arguments(words)
-    return kept.add_line(asked.out, measured(asked))
+    found = measured(asked)
+    write(asked.out, COLUMNS, found.rows)
+    write(asked.points, POINTS, found.points)
+    return found.rows
 
 
 if __name__ == "__main__":
