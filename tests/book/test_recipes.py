@@ -9,7 +9,7 @@ import torch
 import magic
 from magic import text
 from magic.book import corpora, data, recipes
-from tests.experiments import gpt2_wikitext, kept, resnet9_fashion
+from tests.experiments import gpt2_wikitext, kept, many_at_once, resnet9_fashion
 
 
 def test_crops_and_flips_are_windows_of_the_mirrored_image():
@@ -148,7 +148,15 @@ def test_the_experiment_with_resnet9_rehearsed(tmp_path):
     alone = [p for p in points if p["removed"] == "image 42"]
     assert len(alone) == 2 and all(float(p["true"]) != float(p["before"]) for p in alone)
     other = [row | {"images": 999} for row in rows[:2]]
-    resnet9_fashion.write(files["out"], resnet9_fashion.COLUMNS, other)
-    resnet9_fashion.write(files["out"], resnet9_fashion.COLUMNS, rows)
+    for some in (other, rows):
+        kept.replace(files["out"], resnet9_fashion.COLUMNS, resnet9_fashion.WHERE, some)
     found = kept.read(files["out"])
     assert [row["images"] for row in found] == ["999"] * 2 + ["120"] * len(rows), "each size in its place"
+
+
+def test_the_speed_of_many_at_once_rehearsed(tmp_path):
+    out = tmp_path / "speed.csv"
+    words = ["--networks", "small", "--trainings", "4", "--steps", "3", "--rounds", "1", "--jobs", "1"]
+    (row,) = many_at_once.main([*words, "--out", str(out)])
+    assert kept.read(out) == [{name: str(value) for name, value in row.items()}] and row["ratio"] > 0
+    assert row["parameters"] == 65 * 32 + 33 * 10 and row["steps"] == 3

@@ -22,6 +22,13 @@ def write(path: Path, columns: list[str], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def replace(path: Path, columns: list[str], same: tuple[str, ...], rows: list[dict]) -> None:
+    """Write these rows in the place of those of the file that have the same values in the columns `same`."""
+    own = {tuple(str(row[name]) for name in same) for row in rows}
+    others = [row for row in read(path) if tuple(row[name] for name in same) not in own]
+    write(path, columns, [*others, *rows])
+
+
 def add_line(path: Path, row: dict) -> dict:
     """The row, printed and added to a file of JSON lines."""
     line = json.dumps(row)

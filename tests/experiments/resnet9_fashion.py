@@ -161,18 +161,11 @@ def rivals(found: Found, run: magic.Run, test: tuple, states: list, judge) -> No
             found.add(method, f"{drop:.0%}", judged, seconds)
 
 
-def write(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """The rows in the place of those of the same size and device."""
-    own = {tuple(str(row[name]) for name in WHERE) for row in rows}
-    others = [row for row in kept.read(path) if tuple(row[name] for name in WHERE) not in own]
-    kept.write(path, columns, [*others, *rows])
-
-
 def main(words: list[str] | None = None) -> list[dict]:
     asked = arguments(words)
     found = measured(asked)
-    write(asked.out, COLUMNS, found.rows)
-    write(asked.points, POINTS, found.points)
+    kept.replace(asked.out, COLUMNS, WHERE, found.rows)
+    kept.replace(asked.points, POINTS, WHERE, found.points)
     return found.rows
 
 
