@@ -1,9 +1,12 @@
 """Everything that only a GPU can tell, in one call. From the repository's root:
 
     python -m tests.gpu                              # some nine minutes on one H100 or H200
-    python -m tests.gpu --stages determinism,gpt2    # some stages of: determinism, cuda tests, chapter 01,
-                                                     # chapter 03, chapter 09, bench, gpt2
+    python -m tests.gpu --stages determinism,gpt2    # some stages of: determinism, cuda tests, chapters,
+                                                     # bench, gpt2; or parts, such as "chapter 09"
+    python -m tests.gpu --stages resnet9             # an experiment, which takes many such calls and goes on
+                                                     # from build/gpu/resnet9; another is gpt2-wikitext
     python -m tests.gpu --device cpu                 # rehearse everything in miniature, without a GPU
+    python -m tests.gpu --keep FOLDER/results.jsonl  # put the numbers into notebooks/banks/15_gpu.csv
 
 Each part of a stage is a process of its own with a time limit, so that a crash or a hang of one loses nothing
 of the others. What a part finds is appended at once, as a line of JSON, to FOLDER/results.jsonl; beside it
@@ -26,18 +29,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.gpu import kept
+
 ROOT = Path(__file__).parents[2]
 LEAST = 0.3  # of its time limit a part must have left, or it is not begun
+FIRST = ("01", "03", "09")  # chapters that are read in any case
+LONG = ("08", "09", "10", "11", "12", "13", "14")  # chapters that train many models
+DAY = 24 * 3600.0
 
 
 class Part(NamedTuple):
-    """A process: `name` and `arguments` for tests.gpu.stages, its seconds at most, whether it runs alone."""
+    """A process: `name` and `arguments` for tests.gpu.stages, its seconds at most, whether it runs alone.
+
+    least   the seconds that must be left to begin it; else LEAST of its own
+    """
 
     stage: str
     name: str
     seconds: float
     alone: bool = False
     arguments: tuple[str, ...] = ()
+    least: float | None = None
 
     @property
     def label(self) -> str:
@@ -51,14 +63,31 @@ def tests(files: str, shares: int, seconds: float) -> list[Part]:
     ]
 
 
+def chapter(number: str) -> Part:
+    """A chapter of the book."""
+    return Part("chapters", "chapter", 250 if number in LONG else 150, arguments=(number,))
+
+
+def other_chapters() -> list[Part]:
+    """The chapters that are read if there is time, the short ones first."""
+    numbers = [path.name[:2] for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))]
+    return [chapter(number) for number in sorted(numbers, key=LONG.__contains__) if number not in FIRST]
+
+
+def experiment(name: str) -> Part:
+    """An experiment that is begun however little time is left, since a later call goes on with it."""
+    return Part(name, "experiment", DAY, True, (name,), least=30)
+
+
 PARTS = [
     Part("determinism", "determinism", 180),
     *tests("tests/training/test_train.py", 1, 200),
-    Part("chapter 01", "chapter", 150, arguments=("01",)),
+    chapter("01"),
     *tests("tests/engine/test_exact.py", 4, 260),
     *tests("others", 2, 260),
-    Part("chapter 03", "chapter", 150, arguments=("03",)),
-    Part("chapter 09", "chapter", 250, arguments=("09",)),
+    chapter("03"),
+    chapter("09"),
+    *other_chapters(),
     Part("bench", "bench", 40, True, ("mlp",)),
     Part("bench", "bench", 40, True, ("conv",)),
     Part("bench", "bench", 50, True, ("transformer",)),
@@ -67,6 +96,7 @@ PARTS = [
     Part("gpt2", "gpt2", 200, True, ("small",)),
     Part("bench", "bench", 90, True, ("resnet9-cifar",)),
 ]
+EXPERIMENTS = [experiment("resnet9"), experiment("gpt2-wikitext")]
 STAGES = tuple(dict.fromkeys(part.stage for part in PARTS))
 
 
@@ -79,6 +109,7 @@ class Report:
             folder / name for name in ("results.jsonl", "log.txt", "summary.txt")
         )
         self.lines: list[str] = []
+        self.before = self.results.stat().st_size if self.results.exists() else 0  # of other calls
 
     def note(self, **found) -> None:
         with self.results.open("a") as file:
@@ -90,8 +121,9 @@ class Report:
         self.summary.write_text("\n".join(self.lines) + "\n")
 
     def found(self, label: str) -> Iterator[dict]:
-        """What the part has told, without what was noted of its end."""
-        for line in self.results.read_text().splitlines() if self.results.exists() else ():
+        """What the part has told in this call, without what was noted of its end."""
+        own = self.results.read_bytes()[self.before :] if self.results.exists() else b""
+        for line in own.decode().splitlines():
             told = json.loads(line)
             if told["part"] == label and "ended" not in told:
                 yield told
@@ -160,7 +192,7 @@ def _short(x) -> str:
 
 def run_all(parts: list[Part], device: str, report: Report, until: float, side_by_side: int) -> None:
     """Every part for which there is time."""
-    waiting, running = list(parts), []
+    waiting, running = list(parts), list[Running]()
     try:
         while waiting or running:
             for one, ended in [(one, ended) for one in running if (ended := one.ended())]:
@@ -168,7 +200,7 @@ def run_all(parts: list[Part], device: str, report: Report, until: float, side_b
                 one.close(ended, report)
             while waiting and len(running) < side_by_side:
                 part, left = waiting.pop(0), until - time.monotonic()
-                if left >= LEAST * part.seconds:
+                if left >= (LEAST * part.seconds if part.least is None else part.least):
                     running.append(Running(part, device, report, min(part.seconds, left)))
                     continue
                 report.note(part=part.label, stage=part.stage, ended="skipped", seconds=0.0)
@@ -180,32 +212,48 @@ def run_all(parts: list[Part], device: str, report: Report, until: float, side_b
             one.close("killed with all the others", report)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def arguments_of(words: list[str] | None) -> argparse.Namespace:
+    """What is asked for; `parts` are those of the stages, or parts named one by one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or "build/gpu"), metavar="FOLDER"
-    )
+    default = Path(os.environ.get("OUT") or "build/gpu")
+    parser.add_argument("--out", type=Path, default=default, metavar="FOLDER")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse in miniature"
     )
-    parser.add_argument(
-        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2 - 1), help="side by side"
-    )
-    given = parser.parse_args(arguments)
-    asked = [name.strip() for name in given.stages.split(",")]
-    if unknown := [name for name in asked if name not in STAGES]:
-        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    usual = max(1, (os.cpu_count() or 1) // 2 - 1)
+    parser.add_argument("--jobs", type=int, default=usual, help="side by side")
+    parser.add_argument("--keep", type=Path, metavar="RESULTS", help="put the numbers into a table")
+    parser.add_argument("--commit", help="for --keep, where the machine had no git")
+    given = parser.parse_args(words)
+    asked, every = [name.strip() for name in given.stages.split(",")], [*PARTS, *EXPERIMENTS]
+    for name in asked:
+        if name not in {*STAGES, *(word for part in every for word in (part.stage, part.label))}:
+            stages = dict.fromkeys((*STAGES, *(part.stage for part in EXPERIMENTS)))
+            parser.error(f"no stage {name!r}; there are {', '.join(stages)}")
+    given.parts = [part for part in every if {part.stage, part.label} & {*asked}]
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = arguments_of(arguments)
+    if given.keep:
+        try:
+            print(kept.keep(given.keep, kept.TABLE, given.commit))
+        except (ValueError, OSError) as error:
+            print(f"not kept: {error}", file=sys.stderr)
+            return 2
+        return 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it began ends with it
     try:
-        return ask(given, asked)
+        return ask(given)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def ask(given: argparse.Namespace, asked: list[str]) -> int:
-    """Run the stages that were asked for; 1 where there is no device to run them on."""
+def ask(given: argparse.Namespace) -> int:
+    """Run the parts that were asked for; 1 where there is no device to run them on."""
     until, report = time.monotonic() + given.budget, Report(given.out)
     run_all([Part("machine", "machine", 90)], given.device, report, until, 1)
     if not any(told.get("usable") for told in report.found("machine")):
@@ -213,8 +261,8 @@ def ask(given: argparse.Namespace, asked: list[str]) -> int:
             f"there is no {given.device} device that PyTorch can use; --device cpu rehearses without one"
         )
         return 1
-    together = [part for part in PARTS if part.stage in asked and not part.alone]
-    alone = [part for part in PARTS if part.stage in asked and part.alone]
+    together = [part for part in given.parts if not part.alone]
+    alone = [part for part in given.parts if part.alone]
     first = until - (0.45 * given.budget if alone else 0)
     run_all(together, given.device, report, first, given.jobs)
     run_all(alone, given.device, report, until, 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
+import importlib.util
 import json
-import linecache
 import os
 import platform
 import re
@@ -19,6 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PLACES = {
+    "chapter": "chapters",
+    "bench": "works",
+    "gpt2": "works",
+    "experiment": "experiments",
+}  # the modules of parts that are not here
 OTHERS = re.compile(r"def test_\w+\([^)]*\bdevice\b|mark\.cuda")
 
 
@@ -48,13 +55,35 @@ class Teller:
         print(line, flush=True)
 
     @contextlib.contextmanager
-    def trying(self, what: str) -> Iterator[None]:
-        """Tell of an error in the block, and go on after it."""
+    def trying(self, what: str) -> Iterator[dict]:
+        """Tell of an error in the block, and go on after it. A package that is not here is no error.
+
+        Yields a dict that holds what was told: "error" or, for such a package, "skipped".
+        """
+        found: dict = {}
         try:
-            yield
+            yield found
         except Exception as error:
             traceback.print_exc()
-            self.tell(what=what, error=f"{type(error).__name__}: {str(error)[:1500]}")
+            if module := absent(*_lacked(error)):
+                found["skipped"] = f"no module {module}"
+            else:
+                found["error"] = f"{type(error).__name__}: {str(error)[:1500]}"
+            self.tell(what=what, **found)
+
+
+def absent(*names: str) -> str | None:
+    """The first package of these modules that is not installed here; ours are."""
+    tops = (name.partition(".")[0] for name in names)
+    return next((top for top in tops if importlib.util.find_spec(top) is None), None)
+
+
+def _lacked(error: BaseException | None) -> Iterator[str]:
+    """The modules that this error, or what caused it, did not find."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            yield error.name
+        error = error.__cause__
 
 
 def machine(teller: Teller) -> None:
@@ -126,6 +155,7 @@ def _same_twice(make: Callable, teller: Teller) -> dict:
     found["parameters, GPU against CPU"] = gap
     found["scores, GPU against CPU"] = ((scores.values.cpu() - there).norm() / there.norm()).item()
     verified = magic.verify(scores, progress=False)
+    found["verify holds"] = verified.ok
     found["verify"] = "; ".join(f"{what}: {told}" for what, told in verified.rows())
     return found
 
@@ -134,59 +164,21 @@ def _equal(a, b) -> bool:
     return bool((a.values == b.values).all())
 
 
-def chapter(teller: Teller, number: str) -> None:
-    """Execute the code cells of a chapter. Claims that fail are told, and what comes after them is done."""
-    import magic.book.checks as checks
-
-    def lenient(f: Callable) -> Callable:
-        def told(*args, **kwargs):
-            try:
-                f(*args, **kwargs)
-                held.append(args[0])
-            except AssertionError as error:
-                teller.tell(claim=str(args[0]), outcome="FAILED", why=str(error))
-
-        return told
-
-    held: list[str] = []
-    strict = checks.claim, checks.agree
-    checks.claim, checks.agree = lenient(checks.claim), lenient(checks.agree)
-    (path,) = (ROOT / "notebooks").glob(f"{number}_*.py")
-    cells = re.split(r"^# %%", path.read_text(), flags=re.MULTILINE)[1:]
-    code = [cell.partition("\n")[2] for cell in cells if "[markdown]" not in cell.partition("\n")[0]]
-    before, namespace = Path.cwd(), {"__name__": "__main__", "display": print}
-    os.chdir(path.parent)
-    try:
-        for i, cell in enumerate(code[:5] if teller.small else code):
-            name = f"<{path.stem}, cell {i}>"
-            linecache.cache[name] = (len(cell), None, cell.splitlines(True), name)
-            with teller.trying(f"cell {i}"):
-                exec(compile(cell, name, "exec"), namespace)
-    finally:
-        os.chdir(before)
-        checks.claim, checks.agree = strict
-    teller.tell(chapter=path.stem, held=len(held), cells=len(code))
-
-
 def tests(teller: Teller, files: str, share: str, shares: str) -> None:
     """The tests marked `cuda`; a rehearsal does a few of the CPU."""
     every = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if OTHERS.search(path.read_text())]
     first = ("test_train.py", "test_exact.py")
     paths = [str(path) for path in every if path.name not in first] if files == "others" else [files]
     chosen = ["-k", "cpu and (sgd-nesterov-decay or gelu)"] if teller.small else ["-m", "cuda"]
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "tests.gpu.plugin"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=short",
-        "--continue-on-collection-errors",
-        *chosen,
-        *paths,
-    ]
-    env = {"GPU_INTO": teller.into, "GPU_LABEL": teller.label, "SHARE": share, "SHARES": shares}
-    env["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | env)
+    told_by_pytest(teller, ["--continue-on-collection-errors", *chosen, *paths], SHARE=share, SHARES=shares)
+
+
+def told_by_pytest(teller: Teller, words: list[str], **environment: str) -> None:
+    """Run pytest with tests/gpu/plugin.py, which tells of what fails. This process ends with its status."""
+    quiet = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.plugin", *quiet, *words]
+    told = {"GPU_INTO": teller.into, "GPU_LABEL": teller.label, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | told | environment)
     if done.returncode not in (0, 5):  # 5: this share has no test
         sys.exit(done.returncode)
 
@@ -200,14 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, required=True)
     given = parser.parse_args(arguments)
     teller = Teller(given.into, given.label, given.device, given.seconds)
-    known: dict[str, Callable] = {
-        "machine": machine, "determinism": determinism, "chapter": chapter, "tests": tests
-    }  # fmt: skip
-    if given.name not in known:
-        from . import works
-
-        known |= {"bench": works.bench, "gpt2": works.gpt2}
-    known[given.name](teller, *given.arguments)
+    place = importlib.import_module(f"tests.gpu.{PLACES.get(given.name, 'stages')}")
+    getattr(place, given.name)(teller, *given.arguments)
 
 
 if __name__ == "__main__":
