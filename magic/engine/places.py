@@ -19,7 +19,8 @@ from .store import Memory
 class Host(Memory):
     """States of a GPU's run, copied into the host's memory, which is pinned so that the copy is fast.
 
-    A tensor that was on the CPU before, such as Adam's count of steps, is on the CPU when it is given back.
+    The copy is made on a stream of its own, while the GPU goes on with the training. A tensor that was on the
+    CPU before, such as Adam's count of steps, is on the CPU when it is given back.
     """
 
     name = "host memory"
@@ -29,14 +30,20 @@ class Host(Memory):
         self._device = device
         self._constant = constant
         self._on_host: dict[int, set[str]] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def keep(self, state: State) -> State:
         self._on_host[state.step] = {k for k, x in state.flatten().items() if x.device.type == "cpu"}
-        flat = {name: _pinned(x) for name, x in written(state).items()}
+        if self._stream is not None:  # what is copied must have been computed
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):  # None is the current one
+            flat = {name: _pinned(x, self._stream) for name, x in written(state).items()}
         return with_constants(flat, state.step, state.moved, self._constant)
 
     def give_back(self, state: State) -> State:
         there = self._on_host[state.step]
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         flat = {k: x if k in there else x.to(self._device) for k, x in written(state).items()}
         return with_constants(flat, state.step, state.moved, self._constant)
 
@@ -56,10 +63,13 @@ def with_constants(flat: dict, step: int, moved: frozenset[str], initial: State)
     return State.unflatten({**buffers, **flat}, step, moved=moved)
 
 
-def _pinned(x: torch.Tensor) -> torch.Tensor:
+def _pinned(x: torch.Tensor, stream: torch.cuda.Stream | None) -> torch.Tensor:
     # A tensor's layout in memory is kept, since it decides how sums are rounded.
     there = torch.empty_like(x, device="cpu", pin_memory=torch.cuda.is_available())
-    return there.copy_(x)
+    there.copy_(x, non_blocking=stream is not None)
+    if stream is not None and x.is_cuda:
+        x.record_stream(stream)  # its memory is not used again before it has been read
+    return there
 
 
 class Disk:

@@ -252,10 +252,10 @@ class Run:
                 f"step {t}: the losses do not depend on the model that loss is given; it must call its "
                 "first argument, not a model from outside"
             )
-        if not math.isfinite(total.item()):
+        if not math.isfinite(value := total.item()):  # the only number of a step that the host waits for
             raise finite.why(self, state, weight, total)
         if passed is not None:
-            passed.witness(t, total.item())
+            passed.witness(t, value)
         if self.clip is not None:
             used = {name: grad for name, grad in grads.items() if grad is not None}
             grads = {**grads, **self.clip.clip(used, state.params)}
