@@ -744,4 +744,4 @@ def poison_step(x, start, gradient, step, bound, low, high):
 #
 # <details><summary>Hint</summary>Poison with the first 150 of the clean images, and rank by the other 150. Compare with the rank by the loss at the end.</details>
 #
-# **Next:** [16 · Epilogue](16_epilogue.ipynb)
+# **Next:** [15 · At the scale of the papers](15_at_the_scale_of_the_papers.ipynb)

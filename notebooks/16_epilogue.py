@@ -143,6 +143,7 @@ agree("forty lines, and magic", scores, attribution.values[0], tolerance=1e-9)
 #   ([03](03_differentiate_the_whole_run.ipynb) to [06](06_remember_forget_replay.ipynb)), and with checks that find a wrong one ([07](07_a_replay_to_trust.ipynb)).
 # - **Where training is smooth, the derivative predicts.** It orders small random removals nearly perfectly, and better than the estimates that were in use before
 #   ([08](08_is_the_derivative_useful.ipynb) to [10](10_is_it_right.ipynb)).
+# - **What it costs is known before it is paid**: for $K$ outputs about $1 + 2K$ trainings, $1 + K$ with LoRA, and the memory of $K + 1$ states ([15](15_at_the_scale_of_the_papers.ipynb)).
 # - **It can be said how near that is to the best possible** linear prediction, and where to take the derivative for larger removals ([11](11_how_near_is_near_optimal.ipynb)).
 # - **It fails in known ways**: for sets that were chosen because they matter, for half of the data, and for rough training ([10](10_is_it_right.ipynb), [12](12_how_far_does_a_tangent_reach.ipynb)).
 #
@@ -152,13 +153,9 @@ agree("forty lines, and magic", scores, attribution.values[0], tolerance=1e-9)
 #   rate, a batch size or an activation does to the curvature of $f$ is missing.
 # - **How to predict targeted removals.** A tangent counts each example as if the others stayed. What is the cheapest thing that knows of redundancy?
 # - **The seed.** We differentiate one run. Which part of a score is about the data, and which about the chance of this initialisation and this order?
-# - **The largest runs.** The papers differentiate a ResNet-9 and the finetuning of language models of up to two billion parameters. We know of no metagradient
+# - **The largest runs.** No figure of this book was measured on a GPU. The papers differentiate a ResNet-9 and the finetuning of language models of up to two billion parameters. We know of no metagradient
 #   through a pretraining of today's size.
 # - **What should be done with it.** Choosing data, finding poison, settling who should be paid for a model's answer: each needs more than a number.
-#
-# ## What we ignored
-#
-# One chapter of part IV is still to be written: training at the scale of the papers. Its place is kept.
 #
 # ## Exercise
 #

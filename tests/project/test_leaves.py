@@ -138,7 +138,7 @@ OURS = {"magic", "torch", "numpy"}  # what `import magic` may take for granted
 def needed(source: str) -> list[tuple[str, str, str]]:
     """(function, package, extra) for each call of `needs` in a module's source."""
     found = []
-    for function in ast.walk(ast.parse(source)):
+    for function in ast.walk(ast.parse(source)) if "needs(" in source else ():
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
