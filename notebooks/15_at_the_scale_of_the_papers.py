@@ -76,7 +76,7 @@ def figure(method, removed):
     return magic.Figure(row.lds, row.low, row.high)
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 published = {
     "MAGIC, one replay a target": (".909 ± .004", ".778 ± .006"), "SPELL": (".454", ".371")
 }
@@ -230,7 +230,7 @@ claim("each target more, LoRA", COUNTED["LoRA"], at_least=0.85, at_most=1.1)
 #
 # These counts leave out what is not a matrix product. Measured on one core, in plain trainings, three small networks took this:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 NOTED = Path("../tests/bench.json").read_text()
 noted = [(w, r) for one in json.loads(NOTED) for w, r in one["ratios"].items()]
 LAST = {work: ratios for work, ratios in noted if "magic.attribute K=16" in ratios}
@@ -271,7 +271,7 @@ claim("largest fixed part", costs.fixed.max(), at_most=3.7)
 # A replay holds a state, which is the trained parameters with what the optimizer remembers of each; for every target a cotangent, as large as a state; and the trace of one step, which a batch done in parts makes smaller. Kept states can lie in main memory or on disk (chapter 07). Frozen parameters are part of neither states nor cotangents; we count them once, although `magic` holds a second copy, and a third in 64 bits while it checks a step.
 # In 32-bit numbers, with AdamW:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 LLAMA = 32 * (16 * (4096 + 4096) + 16 * (4096 + 1024))  # rank 16 at queries and values of 32 layers
 MODELS = {  # name -> parameters, and how many of them are trained
     "GPT-2 small": (124e6, 124e6),
@@ -302,7 +302,7 @@ pd.DataFrame(rows, columns=columns).set_index("model").round(2)
 #
 # And time? A training step takes 6 operations for each parameter and token ($2$ forward, $4$ backward), and 4 if the parameters are frozen. Suppose a fine-tuning on ten million tokens, and a GPU that does 40 trillion operations in 32 bits a second, on average over the whole run: six tenths of the 67 trillion that the data sheet of an H100 (SXM) promises.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 TOKENS, SPEED = 10e6, 40e12
 rows = []
 for name, (parameters, trained) in MODELS.items():
@@ -390,7 +390,7 @@ agree("the scores", torch.cat([own for _, own in ranks]), scores, tolerance=1e-1
 #
 # What would move, for each step and device, in gigabytes? Usually the devices form a ring, and each passes partial sums on to the next, then the finished ones. For a sum of $N$ numbers over many devices each of them sends nearly $2N$ and receives as many.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 BATCH = 64 * 512  # tokens in a step
 LAYERS = {"GPT-2 small": (12, 768), "1 billion": (24, 2048), "8 billion": (32, 4096)}
 rows = []
@@ -430,7 +430,7 @@ claim("largest difference, in units of what removals change", apart_by, at_most=
 # %% [markdown]
 # PyTorch may multiply sixteen matrices by another kernel than one, and then the last bits differ. A difference below a thousandth of what removals change does not matter to an LDS; but the two kinds are kept in separate banks, since the rows of one bank should agree to the bit. What it saves on one core of a CPU:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 at_once = SPEED_OF[SPEED_OF.what == "together"].set_index("network")
 at_once[["parameters", "count", "seconds_one", "seconds_many", "ratio"]]
 
@@ -449,7 +449,7 @@ claim("ResNet-9: times as many", gains["ResNet-9, width 10"], at_most=1)
 # One command, `python -m tests.gpu`, asks what only a GPU can tell: whether a run repeats to the bit there, whether the chapters' claims hold, and what scores cost. `python -m tests.gpu --stages resnet9` trains the recipe of section 1 at full size, in as many calls as it takes.
 # `--keep` writes what was found into the table that this cell reads:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 FOUND = Path("banks/15_gpu.csv")
 GOALS = {
     "LDS at full size, 1 % and 5 %": "resnet9",
