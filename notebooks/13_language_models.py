@@ -364,7 +364,8 @@ def judged_as_it_is(name, sets, **changed):
     """LDS at 5 % of the same recipe with something changed, and its scores."""
     other = language_run(**changed)
     its = scores_of(other, few, f"_{name}").per_example()
-    its_bank = shipped_bank("13_language_models", other, few, name=name)
+    far = 0.1 if name == "rough" else 0.01  # of a rough training another processor makes another
+    its_bank = shipped_bank("13_language_models", other, few, name=name, tolerance=far)
     result = magic.lds(its, drop=0.05, subsets=sets, bank=its_bank, progress=False)
     return result.spearman, its
 

@@ -16,18 +16,26 @@ if TYPE_CHECKING:
     from ..training.run import Run
 
 
-def shipped_bank(chapter: str, run: Run, measure: Callable, *, name: str = "", how: str = "weight") -> Bank:
+def shipped_bank(
+    chapter: str,
+    run: Run,
+    measure: Callable,
+    *,
+    name: str = "",
+    how: str = "weight",
+    tolerance: float = 1e-2,
+) -> Bank:
     """A bank of `run` over a copy of the chapter's file, banks/CHAPTER.sqlite in the folder of notebooks.
 
     On another machine, whose sums round differently, the rows are taken over by `Bank.adopt`, after two of
-    them have been trained again and compared; `name` tells runs apart there. Where there is no file, the
-    bank is empty and fills with what is trained.
+    them have been trained again and compared, within a `tolerance` as there; `name` tells runs apart. Where
+    there is no file, the bank is empty and fills with what is trained.
     """
     from ..evidence.bank import Bank
 
     bank = Bank(_copy(chapter), run, measure, name=name, how=how)
     if len(bank) == 0:
-        bank.adopt()
+        bank.adopt(tolerance=tolerance)
     return bank
 
 
