@@ -360,18 +360,19 @@ def few(model):
     return measure(model)[:4]
 
 
-def judged_as_it_is(name, sets, **changed):
+def judged_as_it_is(name, sets, tolerance=0.01, **changed):
     """LDS at 5 % of the same recipe with something changed, and its scores."""
     other = language_run(**changed)
     its = scores_of(other, few, f"_{name}").per_example()
-    far = 0.1 if name == "rough" else 0.01  # of a rough training another processor makes another
-    its_bank = shipped_bank("13_language_models", other, few, name=name, tolerance=far)
+    its_bank = shipped_bank("13_language_models", other, few, name=name, tolerance=tolerance)
     result = magic.lds(its, drop=0.05, subsets=sets, bank=its_bank, progress=False)
     return result.spearman, its
 
 
 masked, _ = judged_as_it_is("dropout", 60, dropout=0.1)
-rough, its = judged_as_it_is("rough", 30, spread=0.02)
+# Another processor rounds otherwise, and in a rough training that grows: outputs that are shipped
+# may be off by a tenth of their spread.
+rough, its = judged_as_it_is("rough", 30, tolerance=0.1, spread=0.02)
 claim("with dropout: LDS at 5 %", masked, at_least=0.95)
 claim("from a start of .02: LDS at 5 %", rough, at_most=0.2)
 largest = its.values.abs().max()

@@ -7,8 +7,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 
 def read(path: Path) -> list[dict]:
     """The rows that are there; none without a file."""
@@ -40,5 +38,7 @@ def add_line(path: Path, row: dict) -> dict:
 
 def provenance() -> dict:
     """The columns date, torch and threads of a row."""
+    import torch  # not needed by those who only read
+
     version, threads = torch.__version__, torch.get_num_threads()
     return {"date": time.strftime("%Y-%m-%d"), "torch": version, "threads": threads}

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,10 +52,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Found:
-    """Rows for the two files, and the scores at w = 1."""
+    """Rows for the two files, which are written whenever there is another."""
 
+    asked: argparse.Namespace
     same: dict
-    at_1: magic.Attribution | None = None
     rows: list[dict] = field(default_factory=list)
     points: list[dict] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
@@ -67,7 +66,7 @@ class Found:
         return round(self.clock - before, 1)
 
     def add(self, method: str, removed: str, judged=None, seconds: float | None = None) -> None:
-        """A row, printed at once."""
+        """A row, printed and written at once."""
         row = {"method": method, "removed": removed, "seconds": seconds}
         if judged is not None:
             figure = judged.spearman
@@ -77,6 +76,7 @@ class Found:
             self.draw(method, removed, judged.predicted, judged.true, judged.baseline)
         print(row, flush=True)
         self.rows.append(self.same | row)
+        self.write()
 
     def draw(self, method: str, removed: str, predicted, true, before) -> None:
         """Points of predicted and true outputs, (S, K), and (K,) of the model with all images."""
@@ -86,10 +86,10 @@ class Found:
                 place = {"set": s, "target": k, "predicted": guess, "true": truth, "before": before[k].item()}
                 self.points.append(given | place)
 
-    def write(self, asked: argparse.Namespace) -> None:
+    def write(self) -> None:
         """Both files, with these rows in the place of those of the same size and device."""
-        kept.replace(asked.out, COLUMNS, WHERE, self.rows)
-        kept.replace(asked.points, POINTS, WHERE, self.points)
+        kept.replace(self.asked.out, COLUMNS, WHERE, self.rows)
+        kept.replace(self.asked.points, POINTS, WHERE, self.points)
 
 
 def the_run(asked: argparse.Namespace):
@@ -106,7 +106,7 @@ def the_run(asked: argparse.Namespace):
 
 
 def measured(asked: argparse.Namespace) -> Found:
-    """The rows of all methods; written when those of MAGIC are there, and those of each rival."""
+    """The rows of all methods."""
     recipe, test, (x_test, y_test) = the_run(asked)
     run = recipe(asked.seed)
 
@@ -121,7 +121,7 @@ def measured(asked: argparse.Namespace) -> Found:
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
     same = {name: getattr(asked, name) for name in SIZES} | {"device": device, "accuracy": round(right, 4)}
     same |= {"steps": run.steps, "parameters": sum(p.numel() for p in run.initial.params.values())}
-    found = Found(same | kept.provenance())
+    found = Found(asked, same | kept.provenance())
     found.add("training", "nothing", seconds=took)
     asked.folder.mkdir(parents=True, exist_ok=True)
     bank = magic.Bank(asked.folder / "bank.sqlite", run, measure)
@@ -129,34 +129,34 @@ def measured(asked: argparse.Namespace) -> Found:
     def judge(scores, drop: float):
         return magic.lds(scores, drop=drop, subsets=asked.sets, bank=bank, jobs=1, progress=False)
 
-    replays(found, run, measure, asked, judge)
-    predicted = found.at_1.outputs + found.at_1.removal_effect([42])
+    scores = replays(found, run, measure, judge)
+    predicted = scores.outputs + scores.removal_effect([42])
     true = magic.outputs(run, measure, subsets.single(run.n, [42]), bank=bank, progress=False)
-    found.draw("MAGIC, w = 1", "image 42", predicted[None], true, found.at_1.outputs)
-    found.write(asked)
+    found.draw("MAGIC, w = 1", "image 42", predicted[None], true, scores.outputs)
+    found.write()
     others = [recipe(seed).train(progress=False) for seed in range(asked.seed + 1, asked.seed + asked.models)]
-    states = [*others, final]
-    for _ in rivals(found, run, test, states, lambda s, drop: judge(found.at_1.like(s.values), drop)):
-        found.write(asked)
+    rivals(found, run, test, [*others, final], lambda s, drop: judge(scores.like(s.values), drop))
     return found
 
 
-def replays(found: Found, run: magic.Run, measure, asked: argparse.Namespace, judge) -> None:
-    """Rows of the scores at w = 1 and of those at the centre of 5 %."""
+def replays(found: Found, run: magic.Run, measure, judge) -> magic.Attribution:
+    """Rows of the scores at w = 1, which are returned, and of those at the centre of 5 %."""
+    asked, made = found.asked, []
     for point, at, drops in (("w = 1", None, DROPS), ("centre", "centre", DROPS[1:])):
         found.seconds()
         scores = magic.attribute(
             run, measure, at=at, drop=0.05 if at else None, memory=asked.memory, progress=False,
             disk=asked.folder / point.replace(" ", ""),
         )  # fmt: skip
-        found.at_1 = found.at_1 or scores
+        made.append(scores)
         seconds = found.seconds()
         for drop in drops:
             found.add(f"MAGIC, {point}", f"{drop:.0%}", judge(scores, drop), seconds)
+    return made[0]
 
 
-def rivals(found: Found, run: magic.Run, test: tuple, states: list, judge) -> Iterator[str]:
-    """Add the rows of EK-FAC and of TRAK, each with the setting that ranks best; yields what is done."""
+def rivals(found: Found, run: magic.Run, test: tuple, states: list, judge) -> None:
+    """Rows of EK-FAC and of TRAK, each with the setting that ranks best."""
     dimensions = sorted({min(dim, run.n // 4) for dim in DIMENSIONS})
     tried: tuple = (
         ("EK-FAC", DAMPINGS, lambda s: baselines.ekfac(run, test, states[-1], damping=s)),
@@ -173,7 +173,6 @@ def rivals(found: Found, run: magic.Run, test: tuple, states: list, judge) -> It
         for drop in DROPS:
             judged = max((judge(one, drop) for one in scores), key=lambda result: result.mean)
             found.add(method, f"{drop:.0%}", judged, seconds)
-        yield method
 
 
 def main(words: list[str] | None = None) -> list[dict]:

@@ -2,15 +2,17 @@
 
 Each number, and whether something holds, becomes a row with its part's stage and seconds and with what it was
 measured on: the machine's line before it in the file says so for all parts of a call. What is told in words,
-such as why a test failed, stays in the file; how many failed is a number.
+such as why a test failed, stays in the file; how many failed is a number. The tables of the experiment
+with ResNet-9, which lie in a folder beside the results, are merged into those of the book.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.experiments import kept as tables
 
 TABLE = Path(__file__).parents[2] / "notebooks" / "banks" / "15_gpu.csv"
 MACHINE = ("GPU", "driver", "torch", "CUDA", "commit", "date")
@@ -29,16 +31,22 @@ def keep(results: Path, table: Path = TABLE, commit: str | None = None) -> str:
     no measurement or does not say of what, with the way out, and OSError for one that cannot be read.
     """
     calls = measured(results, commit)
-    rows = _read(table)
     for call in calls:
-        own = {_place(row) for row in call}
-        rows = [row for row in rows if _place(row) not in own] + call
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        tables.replace(table, list(COLUMNS), ("GPU", "commit", "part"), call)
+    for path in sorted((results.parent / "resnet9").glob("15_*.csv")):
+        merge(path, table.with_name(path.name))
     parts = {row["part"] for call in calls for row in call}
     return f"{table} now has {sum(map(len, calls))} numbers of {len(parts)} parts from {results}"
+
+
+def merge(path: Path, into: Path) -> None:
+    """Put the rows of an experiment's table into the book's, replacing those of the same device and size.
+
+    The columns up to "device" say of which run a row is.
+    """
+    rows = tables.read(path)
+    columns = list(rows[0])
+    tables.replace(into, columns, tuple(columns[: columns.index("device") + 1]), rows)
 
 
 def measured(results: Path, commit: str | None = None) -> list[list[dict]]:
@@ -101,17 +109,6 @@ def _value(x: float) -> str:
 def _row(part: str, machine: dict[str, str], what: str, value: str) -> dict[str, str]:
     """A row of a part whose end is not told yet; where it never is, the name of the part is its stage."""
     return {"stage": part.split()[0], "part": part, "what": what, "value": value, **machine, "seconds": ""}
-
-
-def _place(row: dict) -> tuple[str, str, str]:
-    return row["GPU"], row["commit"], row["part"]
-
-
-def _read(table: Path) -> list[dict]:
-    if not table.exists():
-        return []
-    with table.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _lines(results: Path) -> Iterator[dict]:

@@ -255,6 +255,21 @@ def test_numbers_are_kept_with_what_they_were_measured_on(tmp_path, monkeypatch,
     assert table(kept.TABLE) == first, "keeping twice does not double"
 
 
+def test_tables_of_an_experiment_are_merged_into_the_books(tmp_path):
+    def rows(path, *found):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("images,device,lds,date\n" + "".join(f"{row},today\n" for row in found))
+        return path
+
+    file = results(tmp_path / "results.jsonl", *a_part("experiment resnet9", "resnet9", {"lds": 0.9}))
+    ours = rows(tmp_path / "book" / "15_at_the_scale.csv", "10,cpu,0.9", "60,H200,0.1")
+    rows(tmp_path / "resnet9" / ours.name, "60,H200,0.8", "60,H200,0.7")
+    rows(tmp_path / "resnet9-rehearsal" / ours.name, "60,cpu,0.3")
+    kept.keep(file, ours.with_name("15_gpu.csv"))
+    found = [(row["images"], row["device"], row["lds"]) for row in table(ours)]
+    assert found == [("10", "cpu", "0.9"), ("60", "H200", "0.8"), ("60", "H200", "0.7")]
+
+
 def test_rows_of_the_same_code_and_part_are_replaced(tmp_path):
     def keep(machine_says, *told, **more):
         kept.keep(

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .judging import Cases, Wrong, exercise
+from .judging import Cases, Wrong, exercise, number
 
 
 def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def _several(cases: Cases, case: str, got: Any, wants: dict[str, tuple[Tensor, dict]]) -> None:
@@ -64,13 +60,13 @@ def stretch(answer: Callable) -> None:
         m_too_few, v_too_few = (1 - b1**done) / (1 - b1), (1 - b2**done) / (1 - b2)
         suspects = {
             "this is the true update divided by the resumed one; asked for is the other way round": 1 / want,
-            "the square root over v's correction is missing": _number(m / v),
-            "v's correction, the factor c, is left out": _number(m),
-            "m's correction, in α, is left out": _number(v**-0.5),
-            "the corrections of m and v multiply here, though one stands over the other": _number(m * v**0.5),
+            "the square root over v's correction is missing": number(m / v),
+            "v's correction, the factor c, is left out": number(m),
+            "m's correction, in α, is left out": number(v**-0.5),
+            "the corrections of m and v multiply here, though one stands over the other": number(m * v**0.5),
         }
         if done:
-            suspects["after `done` updates the next one has the number done + 1, not done"] = _number(
+            suspects["after `done` updates the next one has the number done + 1, not done"] = number(
                 m_too_few / v_too_few**0.5
             )
         got = cases.call(case, answer, done, b1, b2)
@@ -108,15 +104,15 @@ def slope_at_zero(answer: Callable) -> None:
         c = (1 - b2 ** (done + 1)) ** 0.5
         share, r = (1 - b1) / (1 - b1 ** (done + 1)), root**0.5 + eps
         suspects = {
-            "ρ = eps_root stands under the root, and here it does not": _number(-lr * share / (root + eps)),
-            "eps_root is left out": _number(-lr * share / eps),
-            "m' = (1 − β₁)g, and here the factor 1 − β₁ is missing": _number(-lr * share / r / (1 - b1)),
-            "α's division by 1 − β₁ᵗ is left out": _number(-lr * (1 - b1) / r),
-            "this is the slope of the first update; α = η/(1 − β₁ᵗ) depends on t": _number(-lr / r),
-            "ρ is added to v'/c², so c does not divide it": _number(-lr * share / (root**0.5 / c + eps)),
+            "ρ = eps_root stands under the root, and here it does not": number(-lr * share / (root + eps)),
+            "eps_root is left out": number(-lr * share / eps),
+            "m' = (1 − β₁)g, and here the factor 1 − β₁ is missing": number(-lr * share / r / (1 - b1)),
+            "α's division by 1 − β₁ᵗ is left out": number(-lr * (1 - b1) / r),
+            "this is the slope of the first update; α = η/(1 − β₁ᵗ) depends on t": number(-lr / r),
+            "ρ is added to v'/c², so c does not divide it": number(-lr * share / (root**0.5 / c + eps)),
         }
         if done:
-            suspects["after `done` updates the next one has the number done + 1, not done"] = _number(
+            suspects["after `done` updates the next one has the number done + 1, not done"] = number(
                 -lr * (1 - b1) / (1 - b1**done) / r
             )
         got = cases.call(case, answer, done, lr, b1, b2, eps, root)

@@ -8,14 +8,8 @@ from itertools import accumulate, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .judging import Cases, Wrong, exercise
-
-
-def _number(x: float) -> Tensor:
-    return torch.tensor(float(x), dtype=torch.float64)
-
+from .judging import Cases, Wrong, exercise, number
 
 # -- 06.1 --------------------------------------------------------------------------------------------
 
@@ -40,24 +34,24 @@ def count(answer: Any) -> None:
         cases.same(
             f"the states that {name} keeps",
             got[0],
-            _number(took.peak_states),
+            number(took.peak_states),
             {
-                "that is how many are saved in all, whether they are dropped in between or not": _number(
+                "that is how many are saved in all, whether they are dropped in between or not": number(
                     saves
                 ),
-                "the start is kept, too, and counts": _number(took.peak_states - 1),
-                "that is how many are kept at the end": _number(0),
+                "the start is kept, too, and counts": number(took.peak_states - 1),
+                "that is how many are kept at the end": number(0),
             },
         )
         cases.same(
             f"the extra steps of {name}",
             got[1],
-            _number(took.extra),
+            number(took.extra),
             {
-                "those of the training are among them": _number(took.advanced),
-                "the training advances T − 1 steps, not T": _number(took.advanced - T),
-                "an Advance may be many steps, to − t of them": _number(advances),
-                "an Advance may be many steps (to − t), of which you count one": _number(advances - T + 1),
+                "those of the training are among them": number(took.advanced),
+                "the training advances T − 1 steps, not T": number(took.advanced - T),
+                "an Advance may be many steps, to − t of them": number(advances),
+                "an Advance may be many steps (to − t), of which you count one": number(advances - T + 1),
             },
         )
 
@@ -193,15 +187,15 @@ def least_time(answer: Any) -> None:
         got = cases.call(case, answer, times, c)
         best, mean = _least(times, c), sum(times) / len(times)
         suspects = {
-            "all steps are taken to be equally long": _number(advanced(len(times), c) * mean),
-            "that counts steps, not seconds": _number(advanced(len(times), c)),
-            "the adjoints, one a step, are counted, too": _number(best + sum(times)),
-            "the times are read from the wrong end of the run": _number(_least(times[::-1], c)),
-            "it cuts in the middle, which is not the best": _number(_least(times, c, halves=True)),
+            "all steps are taken to be equally long": number(advanced(len(times), c) * mean),
+            "that counts steps, not seconds": number(advanced(len(times), c)),
+            "the adjoints, one a step, are counted, too": number(best + sum(times)),
+            "the times are read from the wrong end of the run": number(_least(times[::-1], c)),
+            "it cuts in the middle, which is not the best": number(_least(times, c, halves=True)),
         }
         # where a mistake makes no difference, it is no suspect
         suspects = {why: x for why, x in suspects.items() if abs(x - best) > 1e-6}
-        cases.same(case, got, _number(best), suspects)
+        cases.same(case, got, number(best), suspects)
 
 
 def _least(times: list[float], c: int, halves: bool = False) -> float:

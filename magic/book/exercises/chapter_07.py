@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from . import capstone  # its exercise is 07.9
-from .judging import Cases, Wrong, exercise
+from .judging import Cases, Wrong, exercise, number
 
 __all__ = ["capstone"]
-
-
-def _number(x: float) -> Tensor:
-    return torch.tensor(float(x), dtype=torch.float64)
 
 
 # -- 07.1 --------------------------------------------------------------------------------------------
@@ -26,7 +22,7 @@ def extra_steps(answer: Any) -> None:
     from magic.engine.costs import advanced
 
     def extra(T: int, states: int) -> Tensor:
-        return _number(advanced(T, min(max(states, 1), T)) - (T - 1))
+        return number(advanced(T, min(max(states, 1), T)) - (T - 1))
 
     cases = Cases({})
     for case, T, budget, state, trace in (

@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .judging import Cases, Wrong, exercise
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+from .judging import Cases, Wrong, exercise, number
 
 
 def _numbers(values: dict[str, float]) -> dict[str, Tensor]:
-    return {reason: _number(value) for reason, value in values.items()}
+    return {reason: number(value) for reason, value in values.items()}
 
 
 @exercise("15.1", "what the sweeps for many targets cost on many machines")
@@ -33,7 +29,7 @@ def sweeps_cost(answer) -> None:
         own = ceil(K / machines)
         want = ceil(own / group) * fixed + own * each
         got = cases.call(case, answer, K, machines, group, fixed, each)
-        cases.same(case, got, _number(want), _wrong_costs(K, machines, group, fixed, each))
+        cases.same(case, got, number(want), _wrong_costs(K, machines, group, fixed, each))
 
 
 def _wrong_costs(K: int, machines: int, group: int, fixed: float, each: float) -> dict[str, Tensor]:
@@ -266,7 +262,7 @@ def targets_at_once(answer) -> None:
         arguments = given if given.bytes != 4 else given[:5]
         got = cases.call(case, answer, *arguments)
         want = max(0, int(given.fits() // 1))
-        cases.same(case, got, _number(want), _wrong_numbers(given))
+        cases.same(case, got, number(want), _wrong_numbers(given))
 
 
 def _wrong_numbers(given: _Memory) -> dict[str, Tensor]:

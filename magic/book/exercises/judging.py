@@ -47,6 +47,11 @@ class Exercise(NamedTuple):
 EXERCISES: dict[str, Exercise] = {}
 
 
+def number(x: float) -> Tensor:
+    """A number as the tensor that `Cases.same` compares."""
+    return torch.tensor(float(x), dtype=torch.float64)
+
+
 def exercise(number: str, asks: str) -> Callable:
     """Register a checker as that of an exercise such as "04.2": chapter 04, second exercise."""
 
