@@ -103,7 +103,7 @@ exact = timed("MAGIC", magic.attribute, run, measure, progress=False)
 # %% [markdown]
 # The chapter needs several hundred retrainings. They are kept in a **bank**, a file that holds the data weights and the
 # outputs of each, and this chapter's bank comes with it. On the machine that made the bank nothing is trained again. On
-# another machine sums are rounded differently, so two of the trainings are repeated and compared before the others are
+# another machine sums are rounded differently, so one of the trainings is repeated and compared before the others are
 # believed. Without the file all of them are made afresh, on all cores, in a few minutes. (The cell works on a copy.)
 
 # %%

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,18 +36,22 @@ LONG = (
     "test_operations.py", "test_judging.py",
 )  # fmt: skip
 
-# Files that take long and reach no line of magic that others do not: with --cov they are not watched, since
-# that would make them a third slower. Nor are the notebooks' kernels.
-UNWATCHED = (
-    "test_exact.py", "test_planning.py", "test_transformers.py", "test_true.py", "test_properties.py",
-    "test_source.py", "test_operations.py",
-)  # fmt: skip
+TESTS = Path(__file__).parent
+WATCHED = tomllib.loads((TESTS / "watched.toml").read_text(encoding="utf-8"))
+
+
+def is_watched(item) -> bool:
+    """Whether coverage, if it is asked for, watches a test; a notebook's kernel is a process of its own."""
+    if not item.path.is_relative_to(TESTS):
+        return False
+    functions = WATCHED.get(item.path.relative_to(TESTS).as_posix())
+    return functions is None or item.originalname in functions
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
-        if item.path.name in UNWATCHED:
+        if not is_watched(item):
             item.add_marker("no_cover")
     config.option.cov_source = None  # where nbval asks, when pytest-cov has begun already
 
@@ -64,6 +70,15 @@ def no_mode_is_left_behind():
     before = len(_get_current_function_mode_stack())
     yield
     assert len(_get_current_function_mode_stack()) == before
+
+
+@pytest.fixture
+def unwitnessed(monkeypatch):
+    """Replays compare no step with finite differences, which is a third of a small one's time.
+
+    For tests of other things; of each kind of run at least one test leaves them on.
+    """
+    monkeypatch.setattr("magic.engine.listeners.check_step", lambda *args: 0.0)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import magic
 from magic import points
 from tests.support import cases
 
+pytestmark = pytest.mark.usefixtures("unwitnessed")
+
 
 @pytest.fixture(scope="module")
 def sgd():

@@ -27,15 +27,15 @@ def shipped_bank(
 ) -> Bank:
     """A bank of `run` over a copy of the chapter's file, banks/CHAPTER.sqlite in the folder of notebooks.
 
-    On another machine, whose sums round differently, the rows are taken over by `Bank.adopt`, after two of
-    them have been trained again and compared, within a `tolerance` as there; `name` tells runs apart. Where
+    On another machine, whose sums round differently, the rows are taken over by `Bank.adopt`, after one of
+    them has been trained again and compared, within a `tolerance` as there; `name` tells runs apart. Where
     there is no file, the bank is empty and fills with what is trained.
     """
     from ..evidence.bank import Bank
 
     bank = Bank(_copy(chapter), run, measure, name=name, how=how)
     if len(bank) == 0:
-        bank.adopt(tolerance=tolerance)
+        bank.adopt(check=1, tolerance=tolerance)
     return bank
 
 

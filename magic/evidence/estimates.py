@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import tempfile
@@ -106,11 +107,20 @@ def times(run: Run) -> list[list[float]]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[str]:
-    """A temporary folder, and no progress bar, warning, or log handler left behind."""
-    handlers = logging.root.handlers[:]
+    """A temporary folder, and no progress bar, warning, or log handler left behind.
+
+    kronfluence collects garbage some fifteen times a call, and each time Python searches all objects that
+    there are, half a second long where transformers has been imported. Those that are there already are
+    therefore left out of it (`gc.freeze`), unless some have been frozen before.
+    """
+    handlers, frozen = logging.root.handlers[:], gc.get_freeze_count()
     try:
+        if not frozen:
+            gc.freeze()
         hidden, silent = contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore")
         with tempfile.TemporaryDirectory() as folder, hidden, silent:
             yield folder
     finally:
         logging.root.handlers[:] = handlers
+        if not frozen:
+            gc.unfreeze()

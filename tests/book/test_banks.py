@@ -44,7 +44,7 @@ def test_the_book_is_not_written_into(notebooks):
 def test_rows_with_other_bits_are_taken_over(notebooks, monkeypatch):
     _, run, measure, _weights, _outputs = notebooks
     taken = []
-    monkeypatch.setattr(magic.Bank, "adopt", lambda self, tolerance: taken.append(self))
+    monkeypatch.setattr(magic.Bank, "adopt", lambda self, **how: taken.append(self))
     shipped_bank("03_chapter", run, measure, name="ours")
     assert taken == []
     other, *_ = cases.build("sgd-momentum", torch.float64)

@@ -75,6 +75,7 @@ BY_WEIGHTS = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize(
     "name, normalize",
     [(name, "batch") for name in cases.CASES] + [(name, "weights") for name in BY_WEIGHTS],
@@ -94,6 +95,7 @@ def test_against_a_full_unroll(name, normalize):
     assert error <= 1e-10
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize("name", ["batchnorm-adamw", "dropout", "sgd-onecycle", "untouched-embedding"])
 def test_the_schedule_does_not_change_the_answer(name):
     run, *_ = cases.build(name)
@@ -106,6 +108,7 @@ def test_the_schedule_does_not_change_the_answer(name):
         assert torch.equal(scores.values, everything.values)
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize("name", ["groupnorm-conv", "batchnorm-conv", "attention", "lstm", "dropout"])
 def test_targets_together_are_targets_alone(name):
     run, *_ = cases.build(name)

@@ -114,6 +114,7 @@ def interrupted(run, measure, plan, folder, after):
             return None
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize(
     "group, name",
     [(1, "batchnorm-adamw"), (2, "dropout"), (2, "two-groups-onecycle"), (3, "batchnorm-adamw")],

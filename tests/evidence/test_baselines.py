@@ -1,7 +1,6 @@
 """Baselines: each estimate is what its paper says, by another way to the same numbers, and is of some use."""
 
 import functools
-import gc
 import importlib.util
 import logging
 import sys
@@ -34,14 +33,6 @@ METHODS = {
 }
 LIBRARY = {"trak": "trak", "ekfac": "kronfluence", "source": "kronfluence"}
 ALL = [pytest.param(name, marks=[needs(LIBRARY[name])] if name in LIBRARY else []) for name in METHODS]
-
-
-@pytest.fixture(autouse=True)
-def quick_collection():
-    """kronfluence collects garbage ten times a call; what is there already need not be searched."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def first(run, count=3):

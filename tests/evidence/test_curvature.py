@@ -10,6 +10,8 @@ from magic.evidence.curvature import Curvature
 from tests.support import cases
 from tests.support.unroll import unroll
 
+pytestmark = pytest.mark.usefixtures("unwitnessed")
+
 
 def attributed(name):
     run, *_ = cases.build(name)

@@ -13,6 +13,8 @@ from magic.book import data
 from magic.evidence import forecast
 from tests.support import cases
 
+pytestmark = pytest.mark.usefixtures("unwitnessed")
+
 
 def attributed(name="sgd-momentum", **options):
     run, *_ = cases.build(name)

@@ -1,10 +1,13 @@
 """The style of the package and its tests: what the linter, the formatter and the type checker say of it."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import WATCHED
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,3 +30,10 @@ def test_everything_is_formatted():
 def test_the_types_agree():
     """With an empty cache, this checks PyTorch's stubs too, which takes most of its time."""
     passes("mypy")
+
+
+@pytest.mark.parametrize("file", WATCHED)
+def test_what_coverage_watches_is_there(file):
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert set(WATCHED[file]) <= set(names) and len(WATCHED[file]) < len(names)

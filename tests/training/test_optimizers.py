@@ -279,6 +279,7 @@ def test_bits_of_the_plain_loop(kind, options, dtype, scheduled):
         assert torch.equal(final.params[name], p), name
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize("kind, options", NEW, ids=named)
 def test_the_whole_replay(kind, options, exact_muon):
     """Against a full unroll, along a direction against finite differences, and target by target."""

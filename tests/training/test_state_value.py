@@ -114,6 +114,7 @@ def test_a_copied_state_is_the_same_state(name, tmp_path):
         assert magic.fingerprint(run.model(state)) == model, way
 
 
+@pytest.mark.usefixtures("unwitnessed")
 @pytest.mark.parametrize("name", [*(cases.CASES if MANY else KINDS), *BUFFERS, "queue"])
 def test_scores_do_not_depend_on_where_states_have_been(name, tmp_path, monkeypatch):
     """Each state of a replay is another copy, made in another way; a third of them lie on disk."""
