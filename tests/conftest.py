@@ -48,11 +48,21 @@ def is_watched(item) -> bool:
     return functions is None or item.originalname in functions
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Stop coverage where it does not watch. pytest-cov's mark for that, no_cover, does nothing in a worker:
+    coverage has been started twice there, and as the second is stopped, the first goes on."""
+    tracer = sys.gettrace()
+    if item.config.pluginmanager.hasplugin("_cov") and not is_watched(item):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
+
+
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    for item in items:
-        if not is_watched(item):
-            item.add_marker("no_cover")
     config.option.cov_source = None  # where nbval asks, when pytest-cov has begun already
 
 
