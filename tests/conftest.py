@@ -25,15 +25,15 @@ use_forks()
 if sys.version_info[:2] == (3, 11) and not torch.cuda.is_available():
     os.environ.setdefault("MAGIC_SHIPPED", "required")
 
-# Files that take half a minute or more, the longest first, so that at the end no worker is left with one.
+# Files that take long, the longest of them first, so that at the end no worker is left with one.
 LONG = (
-    "test_exact.py", "test_source.py", "test_site.py", "08_is_the_derivative_useful.ipynb",
+    "test_exact.py", "test_site.py", "08_is_the_derivative_useful.ipynb",
     "test_planning.py", "test_transformers.py", "09_which_examples_mattered.ipynb", "10_is_it_right.ipynb",
     "test_true.py", "11_how_near_is_near_optimal.ipynb", "12_how_far_does_a_tangent_reach.ipynb",
     "13_language_models.ipynb", "14_what_the_derivative_is_for.ipynb", "test_metagradients.py",
     "test_properties.py", "test_resume.py", "test_outputs.py", "test_gpu_script.py", "test_state_value.py",
     "test_optimizers.py", "test_identity.py", "test_ranks.py", "test_packaging.py", "test_loading.py",
-    "test_operations.py", "test_judging.py",
+    "test_operations.py", "test_baselines.py", "test_judging.py",
 )  # fmt: skip
 
 TESTS = Path(__file__).parent
