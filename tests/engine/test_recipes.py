@@ -16,8 +16,6 @@ from magic.training.determinism import seed_step
 from tests.engine.test_exact import error_against_finite_differences
 from tests.support import cases
 
-pytestmark = pytest.mark.usefixtures("unwitnessed")
-
 N, L, WORDS = 12, 5, 7
 
 

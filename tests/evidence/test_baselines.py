@@ -1,6 +1,7 @@
 """Baselines: each estimate is what its paper says, by another way to the same numbers, and is of some use."""
 
 import functools
+import gc
 import importlib.util
 import logging
 import sys
@@ -14,6 +15,7 @@ import magic
 from magic import baselines
 from magic.evidence import ekfac
 from magic.evidence.classes import Classes, classes_of
+from magic.evidence.estimates import quietly
 from tests.support import cases
 
 
@@ -97,6 +99,21 @@ def test_the_same_again_and_nothing_left_behind(digits, scored, name, capfd, rec
     assert torch.equal(METHODS[name](run, test, states[-1]).values, expected)
     assert capfd.readouterr() == ("", "") and not recwarn.list
     assert logging.root.handlers == handlers and torch.equal(torch.get_rng_state(), generator)
+
+
+def test_objects_are_frozen_for_a_call_only():
+    """Those that the user has frozen stay so, and no others with them."""
+    with quietly():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        count, later = gc.get_freeze_count(), [[] for _ in range(1000)]
+        with quietly():
+            assert gc.get_freeze_count() <= count
+        assert 0 < gc.get_freeze_count() <= count and len(later) == 1000
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", ["sgd", "batchnorm-adamw", "dropout", "tied-embedding", "frozen-and-unused"])
