@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..evidence.bank import Bank
     from ..training.run import Run
 
+_compared: set[str] = set()  # chapters of whose files a row has been trained again in this process
+
 
 def shipped_bank(
     chapter: str,
@@ -28,14 +30,17 @@ def shipped_bank(
     """A bank of `run` over a copy of the chapter's file, banks/CHAPTER.sqlite in the folder of notebooks.
 
     On another machine, whose sums round differently, the rows are taken over by `Bank.adopt`, after one of
-    them has been trained again and compared, within a `tolerance` as there; `name` tells runs apart. Where
-    there is no file, the bank is empty and fills with what is trained.
+    them has been trained again and compared, within a `tolerance` as there. Where a file has rows of several
+    runs, told apart by `name`, that is done for the first of them, and for a run whose identity is not what
+    it was. Where there is no file, the bank is empty and fills with what is trained.
     """
     from ..evidence.bank import Bank
 
     bank = Bank(_copy(chapter), run, measure, name=name, how=how)
     if len(bank) == 0:
-        bank.adopt(check=1, tolerance=tolerance)
+        believed = chapter in _compared and bank.only_rounded_otherwise()
+        if bank.adopt(check=0 if believed else 1, tolerance=tolerance):
+            _compared.add(chapter)
     return bank
 
 

@@ -46,6 +46,7 @@ from .rows import (
     outputs_of,
     pack,
     pack_outputs,
+    spread,
     weights_of,
 )  # fmt: skip
 
@@ -132,6 +133,14 @@ class Bank:
             )
         return told
 
+    def only_rounded_otherwise(self) -> bool:
+        """Whether all rows that `adopt` would take over are of this very run and measure, of which only the
+        bits of the first step, or of what is measured at the start, were others."""
+        with self._open() as file:
+            query = "SELECT parts FROM banks LEFT JOIN parts USING (key) WHERE about = ? AND key != ?"
+            found = file.execute(query, (json.dumps(self.about), self.key)).fetchall()
+        return all(parts is not None and json.loads(parts) == self.identity.parts for (parts,) in found)
+
     def __repr__(self) -> str:
         rest = "".join(f"\n  others: {told}" for told in self.others())
         return f"Bank({self.path!r}, {len(self)} rows){rest}"
@@ -155,6 +164,15 @@ class Bank:
 
         Raises ValueError for another shape or for numbers that are not finite, OSError for a full disk.
         """
+        self._put([(weights, outputs)])
+
+    def _put(self, trained: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """`put` for several, in one transaction."""
+        rows = [self._row(weights, outputs) for weights, outputs in trained]
+        with self._open() as file:
+            file.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?, ?, ?)", rows)
+
+    def _row(self, weights: Tensor, outputs: Tensor) -> tuple:
         if outputs.shape != (self.about["targets"],) or weights.shape not in ((self.run.n,), self.run.shape):
             raise ValueError(
                 f"outputs have shape {tuple(outputs.shape)} and weights {tuple(weights.shape)}; this bank's "
@@ -164,9 +182,7 @@ class Bank:
             raise ValueError(f"outputs are not finite: {outputs[~outputs.isfinite()][0].item()}")
         exact = self._exact(weights)
         row = (self.key, name_of(exact), pack(exact), pack_outputs(outputs))
-        made = determinism.numerics() | {"digest": digest_of(*row)}
-        with self._open() as file:
-            file.execute("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, json.dumps(made)))
+        return (*row, json.dumps(determinism.numerics() | {"digest": digest_of(*row)}))
 
     def forget(self, weights: Tensor) -> None:
         """Remove the row of these (n,) weights, if there is one."""
@@ -236,12 +252,11 @@ class Bank:
             weights, outputs = self._rows(key, sealed=False)
             if len(weights) < 3:
                 continue
-            unit = _spread(outputs, self.run.dtype)
+            unit = spread(outputs, self.run.dtype)
             for s in self._drawn(key, len(weights))[:check]:
                 here = train(self.run, self.measure, weights[s], self.how).double().cpu()
                 self._check_agrees(s, ((here - outputs[s]).abs() / unit).max().item(), tolerance)
-            for w, out in zip(weights, outputs, strict=True):
-                self.put(w, out)
+            self._put(zip(weights, outputs, strict=True))
             taken += len(weights)
         return taken
 
@@ -282,19 +297,3 @@ class Bank:
 
 def _identity(run: Run, measure: Callable) -> Identity:
     return Identity(run.identity(), run.unknown()) | of_callable(measure, "measure")
-
-
-def _spread(outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """(K,): how far each of the (S, K) outputs is spread over the bank, as a standard deviation.
-
-    It is estimated from ranks, so that single wild rows do not count. For normally distributed outputs the
-    median distance from the middle is 1/1.4826 of the standard deviation. That alone would be too small
-    where most rows hardly move an output, so the distance that nine rows in ten stay within, which is 1.645
-    standard deviations for a normal distribution, counts as well. The spread is at least what rounding does
-    in a training, taken as 10,000 units in the last place.
-    """
-    middle = outputs.median(0).values
-    far = (outputs - middle).abs().sort(0).values
-    deviation = torch.maximum(1.4826 * far.median(0).values, far[int(0.9 * (len(far) - 1))] / 1.645)
-    rounding = 1e4 * torch.finfo(dtype).eps * middle.abs()
-    return deviation.maximum(rounding).clamp_min(1e-300)  # the last so that nothing is divided by 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -112,12 +112,10 @@ class Comparison(Table):
         """The mean of a statistic over targets, with its bootstrap interval."""
         predicted, true = self._columns
         mean = float(np.mean(statistic(predicted, true)))
-        dice, found = np.random.default_rng(self.seed), []
-        draws = [[dice.integers(size, size=size) for size in true.shape] for _ in range(RESAMPLES)]
-        at_once = max(1, NUMBERS // true.size)
+        rows, columns = _resamples(self.seed, true.shape)
+        at_once, found = max(1, NUMBERS // true.size), []
         for i in range(0, RESAMPLES, at_once):
-            rows, columns = map(np.stack, zip(*draws[i : i + at_once], strict=True))
-            chosen = rows[:, :, None], columns[:, None, :]
+            chosen = rows[i : i + at_once, :, None], columns[i : i + at_once, None, :]
             with np.errstate(invalid="ignore", divide="ignore"):  # a resample may happen to be constant
                 found.append(np.nanmean(statistic(predicted[chosen], true[chosen]), axis=1))
         low, high = np.nanquantile(np.concatenate(found), QUANTILES)
@@ -250,6 +248,15 @@ def ready(scores: Attribution) -> tuple[Run, Callable]:
             "these scores know no run and measure; give them to Attribution.load(path, run, measure)"
         )
     return scores.run, scores.measure
+
+
+@lru_cache(maxsize=8)
+def _resamples(seed: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of each resample, with replacement: (RESAMPLES, S) and (RESAMPLES, K)."""
+    dice = np.random.default_rng(seed)
+    draws = [[dice.integers(size, size=size) for size in shape] for _ in range(RESAMPLES)]
+    rows, columns = map(np.stack, zip(*draws, strict=True))
+    return rows, columns
 
 
 def _refuse_constant(true: Tensor, predicted: Tensor) -> None:

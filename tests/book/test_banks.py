@@ -1,11 +1,15 @@
 """A chapter's bank is read from a copy, taken over where its bits are others, empty where there is none."""
 
+import sqlite3
+
 import pytest
 import torch
 
 import magic
 from magic.book import banks
 from magic.book.banks import shipped_bank
+from magic.engine.measuring import measured_outputs
+from magic.evidence import bank
 from tests.support import cases
 
 
@@ -20,6 +24,7 @@ def notebooks(tmp_path, monkeypatch):
     weights = magic.subsets.single(run.n, [2])[0]
     outputs = magic.outputs(run, measure, weights, bank=kept, progress=False)
     banks._copy.cache_clear()
+    monkeypatch.setattr(banks, "_compared", set())
     monkeypatch.chdir(tmp_path)
     return tmp_path, run, measure, weights, outputs
 
@@ -49,6 +54,27 @@ def test_rows_with_other_bits_are_taken_over(notebooks, monkeypatch):
     assert taken == []
     other, *_ = cases.build("sgd-momentum", torch.float64)
     assert taken == [shipped_bank("03_chapter", other, measure, name="ours")]
+
+
+def test_one_row_of_a_file_is_trained_again(notebooks, monkeypatch):
+    """And one of each run whose identity has changed; the others are believed without."""
+    folder, _run, measure, *_ = notebooks
+    runs = {case: cases.build(case, torch.float64)[0] for case in ("sgd", "sgd-momentum", "adam", "rmsprop")}
+    path = folder / "banks" / "05_several.sqlite"
+    with monkeypatch.context() as elsewhere:  # what is measured at the start has other bits there
+        elsewhere.setattr(bank, "measured_outputs", lambda *a, **k: measured_outputs(*a, **k) * (1 + 1e-12))
+        for name, run in runs.items():
+            kept = magic.Bank(path, run, measure, name=name)
+            magic.outputs(run, measure, magic.subsets.single(run.n, range(3)), bank=kept, progress=False)
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE parts SET parts = '{}' WHERE key = (SELECT key FROM banks WHERE about LIKE "
+                     "'%\"adam\"%')")  # fmt: skip
+        file.execute("DELETE FROM parts WHERE key = (SELECT key FROM banks WHERE about LIKE '%rmsprop%')")
+    trained, train = [], magic.Run.train
+    monkeypatch.setattr(magic.Run, "train", lambda run, *a, **k: trained.append(run) or train(run, *a, **k))
+    for name, run in runs.items():
+        assert len(shipped_bank("05_several", run, measure, name=name)) == 3
+    assert trained == [runs["sgd"], runs["adam"], runs["rmsprop"]]
 
 
 def test_a_chapter_without_a_file_has_an_empty_bank(notebooks):

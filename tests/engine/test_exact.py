@@ -10,7 +10,7 @@ from magic.training import muon
 from tests.support import cases
 from tests.support.unroll import unroll
 
-EXAMPLES = (0, 19, 39)
+EXAMPLES = (19,)
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +24,32 @@ def at_random(n):
     return 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-def finite_difference(run, measure, at, i, h):
-    """Five-point central difference of the measured outputs in weight i: error O(h⁴) + rounding / h."""
+def finite_difference(run, measure, at, direction, h):
+    """Five-point central difference of the measured outputs along a direction: error O(h⁴) + rounding / h."""
 
     def f(change):
-        weights = at.clone()
-        weights[i] += change
-        return measured_outputs(run, run.train(weights, progress=False), measure)
+        return measured_outputs(run, run.train(at + change * direction, progress=False), measure)
 
     return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
 def error_against_finite_differences(
-    run, measure, scores, examples=EXAMPLES, steps=(3e-5, 1e-4, 1e-3, 1e-5), enough=1e-8
+    run, measure, scores, examples=EXAMPLES, steps=(3e-5, 1e-4, 1e-3, 1e-5, 1e-6), enough=1e-8
 ):
-    """Largest relative error over examples. Of a few step sizes the one with the least error counts:
-    large ones are truncated, small ones rounded, and where the optimum lies depends on the run. Those after
-    one that is exact enough are not tried."""
+    """Largest relative error, along the weights of some examples and along a random direction of all weights.
+
+    Of a few step sizes the one with the least error counts: large ones are truncated, small ones rounded, and
+    where the optimum lies depends on the run. Those after one that is exact enough are not tried."""
     worst, norm = 0.0, scores.values.norm(dim=0).mean()
-    for i in examples:
-        column = scores.values[:, i]
-        assert column.norm() > 1e-3 * norm, "degenerate: this example has no influence"
+    dice = torch.Generator().manual_seed(5)
+    everything = torch.randn(len(scores.at), generator=dice, dtype=torch.float64).to(scores.at.device)
+    for direction in (everything, *torch.eye(len(everything)).to(everything)[list(examples)]):
+        slope = scores.values @ direction
+        assert slope.norm() > 1e-3 * norm, "degenerate: no influence along this direction"
         least = float("inf")
         for h in steps:
-            found = finite_difference(run, measure, scores.at, i, h)
-            least = min(least, ((found - column).norm() / column.norm()).item())
+            found = finite_difference(run, measure, scores.at, direction, h)
+            least = min(least, ((found - slope).norm() / slope.norm()).item())
             if least <= enough:
                 break
         worst = max(worst, least)
@@ -153,7 +154,7 @@ def test_an_example_that_is_in_a_batch_twice():
     run = magic.Run(model, cases.sgd(momentum=0.9)(model), cases.data(), cases.loss, twice)
     measure = cases.measure_on(*run.data)
     scores = magic.attribute(run, measure, progress=False)
-    assert error_against_finite_differences(run, measure, scores, (0, 1, 2, 3)) <= 1e-8
+    assert error_against_finite_differences(run, measure, scores, (0, 1, 2)) <= 1e-8
     assert (scores.values[:, 4:] == 0).all()
 
 

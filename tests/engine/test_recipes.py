@@ -66,7 +66,7 @@ def test_weights_per_token_are_exact(options):
         def __getattr__(self, name):
             return getattr(run, name)
 
-    error = error_against_finite_differences(FlatRun(), scores.measure, flat, examples=(0, 17, 40, 59))
+    error = error_against_finite_differences(FlatRun(), scores.measure, flat, examples=(17, 59))
     assert error <= 1e-8
     verified = magic.verify(scores, progress=False)
     assert verified.ok

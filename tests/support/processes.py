@@ -12,8 +12,12 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
-# What chapters import. The first optimizer imports torch._dynamo, and that sympy.
-IMPORTS = ["torch", "torch._dynamo", "torchvision", "seaborn", "ipykernel.kernelapp", "magic.attribution"]
+# What chapters import. The first optimizer imports torch._dynamo, and that sympy; the first derivative by
+# torch.func.jvp compiles what it does with operations that have none.
+IMPORTS = [
+    "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp", "torchvision", "seaborn",
+    "sklearn.datasets", "ipykernel.kernelapp", "ipykernel.debugger", "magic.attribution",
+]  # fmt: skip
 
 
 def forks() -> multiprocessing.context.ForkServerContext:
