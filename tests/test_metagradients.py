@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import magic
+from magic.engine.measuring import measured_outputs
 from magic.training import variants
 from tests.support import cases
 from tests.support.unroll import unrolled
@@ -117,7 +118,7 @@ def test_against_finite_differences(name, any_hypers):
 
         def f(h, values=values, directions=directions):
             other = with_values(run, {key: value + h * directions[key] for key, value in values.items()})
-            return magic.outputs(other, measure, other.weights()[None], progress=False)[0]
+            return measured_outputs(other, other.train(progress=False), measure)
 
         errors = []
         for h in (1e-4, 1e-3, 1e-5):
@@ -350,7 +351,7 @@ def test_a_loss_that_writes_into_its_batch():
     found = magic.metagradient(run, measure, "data", progress=False)
     v = torch.randn(run.data[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = [magic.changed(run, data=(run.data[0] + h * v, None)) for h in (1e-5, -1e-5)]
-    high, low = (magic.outputs(r, measure, r.weights()[None], progress=False)[0] for r in ends)
+    high, low = (measured_outputs(r, r.train(progress=False), measure) for r in ends)
     seen = (found.data[0] * v).flatten(1).sum(1)
     assert ((high - low) / 2e-5 - seen).norm() <= 1e-6 * seen.norm()
     assert copy.copy(run).fingerprint() == run.fingerprint()
