@@ -111,7 +111,6 @@ class Comparison(Table):
     def _figure(self, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Figure:
         """The mean of a statistic over targets, with its bootstrap interval."""
         predicted, true = self._columns
-        mean = float(np.mean(statistic(predicted, true)))
         rows, columns = _resamples(self.seed, true.shape)
         at_once, found = max(1, NUMBERS // true.size), []
         for i in range(0, RESAMPLES, at_once):
@@ -119,7 +118,7 @@ class Comparison(Table):
             with np.errstate(invalid="ignore", divide="ignore"):  # a resample may happen to be constant
                 found.append(np.nanmean(statistic(predicted[chosen], true[chosen]), axis=1))
         low, high = np.nanquantile(np.concatenate(found), QUANTILES)
-        return Figure(mean, float(low), float(high))
+        return Figure(float(np.mean(statistic(predicted, true))), float(low), float(high))
 
     @property
     def caption(self) -> str:
@@ -255,23 +254,18 @@ def _resamples(seed: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
     """The rows and the columns of each resample, with replacement: (RESAMPLES, S) and (RESAMPLES, K)."""
     dice = np.random.default_rng(seed)
     draws = [[dice.integers(size, size=size) for size in shape] for _ in range(RESAMPLES)]
-    rows, columns = map(np.stack, zip(*draws, strict=True))
-    return rows, columns
+    return np.stack([rows for rows, _ in draws]), np.stack([columns for _, columns in draws])
 
 
 def _refuse_constant(true: Tensor, predicted: Tensor) -> None:
-    constant = (true == true[0]).all(dim=0)
-    if constant.any():
-        raise ValueError(
-            f"the true output of target {constant.nonzero()[0].item()} is the same in every retrained "
-            "model, so there is nothing to rank: drop more, or measure something that varies"
-        )
-    constant = (predicted == predicted[0]).all(dim=0)
-    if constant.any():
-        raise ValueError(
-            f"the predicted output of target {constant.nonzero()[0].item()} is the same for every subset: "
-            "its scores are all 0, or all equal"
-        )
+    for what, x, why in (
+        ("true", true, "in every retrained model: drop more, or measure something that varies"),
+        ("predicted", predicted, "for every subset: its scores are all 0, or all equal"),
+    ):
+        constant = (x == x[0]).all(dim=0)
+        if constant.any():
+            target = constant.nonzero()[0].item()
+            raise ValueError(f"the {what} output of target {target} is the same {why}")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..attribution import Attribution
 from ..engine.planning import Plan
+from ..engine.planning import plan as plan_of
 from ..engine.replay import metagradient
 from ..show import Table
 from ..training.run import Run
@@ -126,14 +127,20 @@ class Curvature(Table):
 
 
 def of_one_point(scores: Attribution, what: str) -> tuple[Run, Callable, Plan]:
-    """Run, measure and plan of scores that can be compared with those elsewhere; ValueError for others."""
-    if scores.run is None or scores.measure is None or scores.plan is None:
-        raise ValueError("these scores know no run, measure and plan: give what magic.attribute returned")
+    """Run, measure and plan of scores that can be compared with those elsewhere; ValueError for others.
+
+    Scores from a file have no plan, and get the default one. Those of another method have no health either.
+    """
+    if scores.run is None or scores.measure is None or not (scores.plan or scores.health):
+        raise ValueError(
+            "these scores are of no replay, or know no run and measure: give what magic.attribute returned, "
+            "or Attribution.load(path, run, measure)"
+        )
     if not scores.tangent:
         raise ValueError(f"{what} belongs to one point; these scores are {scores.point}")
     if scores.at.dim() > 1:
         raise ValueError(f"{what} is that of scores of examples; these are scores of tokens")
-    return scores.run, scores.measure, scores.plan
+    return scores.run, scores.measure, scores.plan or plan_of(scores.run, targets=len(scores.values))
 
 
 def about_mean(x: Tensor) -> Tensor:

@@ -47,6 +47,16 @@ def test_against_a_full_unroll_differentiated_twice(name, way):
     assert torch.allclose(found.second, expected @ direction, rtol=1e-4, atol=1e-6 * expected.norm())
 
 
+def test_scores_from_a_file(tmp_path):
+    scores = attributed("adamw")
+    scores.save(tmp_path / "scores.npz")
+    loaded = magic.Attribution.load(tmp_path / "scores.npz", scores.run, scores.measure)
+    assert loaded.plan is None
+    found = magic.curvature(loaded, progress=False)
+    assert torch.equal(found.values, magic.curvature(scores, progress=False).values)
+    assert found.values.abs().max() > 0 and loaded.health.trusted == scores.health.trusted
+
+
 def test_order_4_is_exacter_than_order_2():
     scores = attributed("sgd-momentum")
     down = -torch.ones_like(scores.at)
@@ -144,7 +154,7 @@ def test_refusals():
         magic.curvature(scores, torch.zeros(40))
     with pytest.raises(ValueError, match="order=3: 2 or 4"):
         magic.curvature(scores, order=3)
-    with pytest.raises(ValueError, match="run, measure and plan"):
+    with pytest.raises(ValueError, match="are of no replay"):
         magic.curvature(scores.like(scores.values))
     for where in (magic.points.path(scores.run, 0.2, 1), magic.points.average(scores.run, 0.2, 2)):
         mean = magic.attribute(scores.run, scores.measure, where, progress=False)

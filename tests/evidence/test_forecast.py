@@ -136,5 +136,5 @@ def test_scores_it_cannot_take():
     scores = attributed()
     with pytest.raises(ValueError, match="a forecast belongs to one point"):
         magic.forecast(dataclasses.replace(scores, tangent=False), progress=False)
-    with pytest.raises(ValueError, match="know no run"):
+    with pytest.raises(ValueError, match="know no run and measure"):
         magic.forecast(dataclasses.replace(scores, run=None), progress=False)

@@ -16,7 +16,7 @@ import torch
 # torch.func.jvp compiles what it does with operations that have none.
 IMPORTS = [
     "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp", "torchvision", "seaborn",
-    "sklearn.datasets", "ipykernel.kernelapp", "ipykernel.debugger", "magic.attribution",
+    "sklearn.datasets", "ipykernel.kernelapp", "magic.attribution",
 ]  # fmt: skip
 
 
