@@ -1,4 +1,4 @@
-"""run.train() is the plain PyTorch loop, bit for bit, and a run is the same in every process."""
+"""run.train() is the plain PyTorch loop, bit for bit (in another process, too: tests/test_attribution.py)."""
 
 import pytest
 import torch
@@ -52,22 +52,6 @@ def test_the_global_generators_are_left_alone():
     before = torch.get_rng_state()
     run.train(progress=False)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-PRINT = (
-    "import torch; torch.set_num_threads(1)\n"
-    "from tests.support import cases\n"
-    "for name in ('dropout', 'batchnorm-adamw'):\n"
-    "    print(cases.build(name, torch.float32)[0].train(progress=False).fingerprint())\n"
-)
-
-
-def test_same_bits_in_another_process(printed):
-    here = [
-        cases.build(n, torch.float32)[0].train(progress=False).fingerprint()
-        for n in ("dropout", "batchnorm-adamw")
-    ]
-    assert printed(PRINT).split() == here
 
 
 def test_removed_by_weight_or_left_out_of_the_batch():
