@@ -1,6 +1,7 @@
 """What a place gives back has the bits that were stored, or it raises; a file is whole or not there."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 import magic
-from magic.engine import files
+from magic.engine import files, resume
 from magic.engine.places import Disk, Host
 from magic.engine.store import Memory, Store
 from tests.engine.test_record import flip_a_bit
-from tests.support import cases
+from tests.support import cases, processes
 
 
 @pytest.fixture(params=["sgd-momentum", "adamw-amsgrad", "batchnorm-now-and-then"])
@@ -156,31 +157,36 @@ def test_a_bit_in_host_memory(states):
         place.load(2)
 
 
-FULL = """
-import resource, signal, sys, torch, magic
-from tests.support import cases
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-torch.set_num_threads(1)
-run, *_ = cases.build("sgd-momentum")
-magic.engine.resume.Directory._due = lambda self: True
-weights, folder = run.weights(), sys.argv[1]
-made = []
-def after(path, tensors, meta, write=magic.engine.files.write):
-    made.append(path.name)
-    if len(made) == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
-    write(path, tensors, meta)
-magic.engine.places.write = after
-try:
-    magic.train(run, disk=folder, progress=False)
-except OSError as error:
-    print(error)
-"""
+def limit_files(size):
+    """Within this process, in which nobody else writes: a limit on file sizes stands in for a full disk."""
+    import resource  # there is none on Windows
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_is_full_in_mid_run(tmp_path, printed):
-    """A limit on file sizes stands in for a full disk. What was noted before is kept, and goes on."""
-    said = printed(FULL, tmp_path)
+def train_until_the_disk_is_full(folder):
+    """What is told when the sixth file cannot be written."""
+    run, *_ = cases.build("sgd-momentum")
+    resume.Directory._due = lambda self: True
+    made = []
+
+    def after(path, tensors, meta, write=files.write):
+        made.append(path.name)
+        if len(made) == 6:
+            limit_files(10)
+        write(path, tensors, meta)
+
+    magic.engine.places.write = after
+    try:
+        magic.train(run, disk=folder, progress=False)
+    except OSError as error:
+        return str(error)
+
+
+def test_a_disk_that_is_full_in_mid_run(tmp_path):
+    """What was noted before is kept, and goes on."""
+    said = processes.returned(train_until_the_disk_is_full, tmp_path)
     assert "could not be written" in said
     assert "make room, or give another folder, and call again" in said
     assert not list(tmp_path.rglob("*.part"))
@@ -194,34 +200,30 @@ def test_a_disk_that_is_full_in_mid_run(tmp_path, printed):
     assert state.fingerprint() == run.train(progress=False).fingerprint()
 
 
-FULL_LATER = """
-import resource, signal, sys, torch, magic
-from tests.support import cases
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-torch.set_num_threads(1)
-run, *_ = cases.build("sgd-momentum")
-scores = magic.attribute(run, cases.measure_on(*run.data), progress=False)
-bank, sets = magic.Bank(sys.argv[1] + "/bank.sqlite", run, cases.measure_on(*run.data)), torch.rand(9, run.n)
-magic.outputs(bank.run, bank.measure, sets[:2], bank=bank, progress=False)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
-for write in (
-    lambda: scores.save(sys.argv[1] + "/scores.npz"),
-    lambda: magic.outputs(bank.run, bank.measure, sets, bank=bank, progress=False),
-):
-    try:
-        write()
-    except OSError as error:
-        print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(len(bank), "rows")
-"""
+def keep_on_a_full_disk(folder):
+    """What is told of scores and of retrainings that cannot be kept, and how many rows the bank has then."""
+    run, *_ = cases.build("sgd-momentum")
+    scores, told = magic.attribute(run, cases.measure_on(*run.data), progress=False), []
+    bank, sets = magic.Bank(folder / "bank.sqlite", run, scores.measure), torch.rand(9, run.n)
+    magic.outputs(run, scores.measure, sets[:2], bank=bank, progress=False)
+    limit_files(10)
+    for write in (
+        lambda: scores.save(folder / "scores.npz"),
+        lambda: magic.outputs(run, scores.measure, sets, bank=bank, progress=False),
+    ):
+        try:
+            write()
+        except OSError as error:
+            told.append(str(error))
+    limit_files(None)
+    return *told, len(bank)
 
 
-def test_scores_and_banks_on_a_full_disk(tmp_path, printed):
-    scores, bank, rows = printed(FULL_LATER, tmp_path).splitlines()
+def test_scores_and_banks_on_a_full_disk(tmp_path):
+    scores, bank, rows = processes.returned(keep_on_a_full_disk, tmp_path)
     assert "scores.npz could not be written" in scores and "make room" in scores
     assert "cannot be used as a bank" in bank
-    assert rows == "2 rows"
+    assert rows == 2
     assert [path.name for path in tmp_path.iterdir()] == ["bank.sqlite"]
 
 

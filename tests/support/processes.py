@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
 import torch
@@ -31,6 +32,20 @@ def start(work: Callable, *arguments) -> ForkServerProcess:
     process = forks().Process(target=_alone, args=(work, *arguments), daemon=True)
     process.start()
     return process
+
+
+def returned(work: Callable, *arguments):
+    """What work(*arguments) returns, in a process of its own."""
+    heard, told = multiprocessing.Pipe(duplex=False)
+    process = start(_telling, told, work, *arguments)
+    told.close()
+    found = heard.recv()
+    process.join()
+    return found
+
+
+def _telling(told: Connection, work: Callable, *arguments) -> None:
+    told.send(work(*arguments))
 
 
 def _alone(work: Callable, *arguments) -> None:
