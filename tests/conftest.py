@@ -84,11 +84,12 @@ def no_mode_is_left_behind():
 
 @pytest.fixture
 def unwitnessed(monkeypatch):
-    """Replays compare no step with finite differences, which is a third of a small one's time.
+    """Replays compare neither a step nor a measure with finite differences, a third of a small one's time.
 
     For tests of other things; of each kind of run at least one test leaves them on.
     """
     monkeypatch.setattr("magic.engine.listeners.check_step", lambda *args: 0.0)
+    monkeypatch.setattr("magic.engine.replay.check_measure", lambda *args: 0.0)
 
 
 @pytest.fixture
