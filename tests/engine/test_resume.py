@@ -30,7 +30,7 @@ def work(what, folder, told):
 
 
 def slowly():
-    """A run of 120 steps of a network with BatchNorm, AdamW and dropout."""
+    """A run of 60 steps of a network with BatchNorm, AdamW and dropout."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 64, bias=False),
@@ -40,7 +40,7 @@ def slowly():
         torch.nn.Linear(64, 3),
     )
     x, y = cases.data(torch.float32)
-    order = magic.batches(cases.N, cases.BATCH, 30)
+    order = magic.batches(cases.N, cases.BATCH, 15)
     run = magic.Run(model, torch.optim.AdamW(model.parameters(), 1e-2), (x, y), cases.loss, order)
     return run, cases.measure_on(x, y)
 
@@ -80,12 +80,13 @@ def test_a_training_that_is_killed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unwitnessed")
-@pytest.mark.parametrize("memory", ["260KB", "10MB"])
-def test_a_replay_that_is_killed(tmp_path, memory):
+@pytest.mark.parametrize("memory, little", [("184KB", True), ("10MB", False)])
+def test_a_replay_that_is_killed(tmp_path, memory, little):
     """With little memory the targets go back one after the other, and states lie on disk."""
     found = killed_again_and_again(memory, tmp_path / "a", kills=3, seed=len(memory))
     run, measure = slowly()
     plan = magic.plan(run, targets=3, memory=memory, disk=tmp_path / "b")
+    assert (plan.group == 1 and 2 in plan.tier_of) == little
     plan = dataclasses.replace(plan, tier_of=(0,) * plan.states)
     assert found == magic.fingerprint(magic.attribute(run, measure, progress=False, plan=plan).values)
 

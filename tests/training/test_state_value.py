@@ -1,7 +1,7 @@
 """A state is a value: a copy of it, made in whatever way and kept wherever, is the same state.
 
-Over every kind of run: what is computed from a copy has the bits of what is computed from the state
-itself. With MAGIC_MANY=1 set, the scores of all kinds as well.
+Over every kind of state: what is computed from a copy has the bits of what is computed from the state
+itself. With MAGIC_MANY=1 set, over every case.
 """
 
 import copy
@@ -25,6 +25,7 @@ KINDS = [  # without those whose states are of the same kind
     "weightnorm", "dropout", "attention", "tied-embedding", "untouched-embedding", "frozen-and-unused",
 ]  # fmt: skip
 BUFFERS = ["average", "average-through-data", "average-now-and-then", "distilled"]  # these write buffers
+ALL = [*(cases.CASES if MANY else KINDS), *BUFFERS, "queue"]
 
 
 def queued():
@@ -93,7 +94,7 @@ def all_states(run, weights):
     return states
 
 
-@pytest.mark.parametrize("name", [*cases.CASES, *BUFFERS, "queue"])
+@pytest.mark.parametrize("name", ALL)
 def test_a_copied_state_is_the_same_state(name, tmp_path):
     run, measure = build(name)
     weights = run.weights(0.9)
@@ -115,7 +116,7 @@ def test_a_copied_state_is_the_same_state(name, tmp_path):
 
 
 @pytest.mark.usefixtures("unwitnessed")
-@pytest.mark.parametrize("name", [*(cases.CASES if MANY else KINDS), *BUFFERS, "queue"])
+@pytest.mark.parametrize("name", ALL)
 def test_scores_do_not_depend_on_where_states_have_been(name, tmp_path, monkeypatch):
     """Each state of a replay is another copy, made in another way; a third of them lie on disk."""
     run, measure = build(name)
