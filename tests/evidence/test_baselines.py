@@ -41,18 +41,17 @@ def first(run, count=3):
     return tuple(x[:count] for x in run.data)
 
 
-def gradient(run, state, example, names=None):
-    """The flat gradient of one example's loss in eval mode, as a user would take it."""
+def gradients(run, state, examples, names=None):
+    """The flat gradient of each example's loss in eval mode, as a user would take it."""
     model = run.model(state)
     named = dict(model.named_parameters())
     inputs = [named[name] for name in names or state.params]
-    loss = run.loss(model, *(x.unsqueeze(0) for x in example)).sum()
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in found])
-
-
-def gradients(run, state, examples, names=None):
-    return torch.stack([gradient(run, state, example, names) for example in zip(*examples, strict=True)])
+    rows = []
+    for example in zip(*examples, strict=True):
+        loss = run.loss(model, *(x.unsqueeze(0) for x in example)).sum()
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in found]))
+    return torch.stack(rows)
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,10 @@ def parsed(text: str) -> ast.Module:
     return ast.parse(text)
 
 
-def imports(name: str, tree: ast.Module):
-    """Yield (source, where) of each import; a module of magic is ".wing.name", the package itself "."."""
-    inside = {}
+@functools.cache
+def imports(name: str, tree: ast.Module) -> list[tuple[str, str]]:
+    """(source, where) of each import; a module of magic is ".wing.name", the package itself "."."""
+    inside, found = {}, []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             inside |= dict.fromkeys(ast.walk(node), "function")
@@ -129,7 +130,8 @@ def imports(name: str, tree: ast.Module):
             continue
         for source in sources:
             first, _, rest = source.partition(".")
-            yield (f".{rest}" if first == "magic" else first), where
+            found.append((f".{rest}" if first == "magic" else first, where))
+    return found
 
 
 def direction_problems(package: Path) -> list[str]:

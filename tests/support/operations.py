@@ -48,9 +48,14 @@ def name_of(op) -> str:
 
 
 def samples(op, most: int) -> Iterator:
-    """Sample inputs, spread over those that the database has for the operation."""
-    torch.manual_seed(0)
-    found = list(op.sample_inputs("cpu", torch.float64, requires_grad=True))
+    """Sample inputs, spread over those that the database has for the operation.
+
+    It sets the seed for each of them. torch.manual_seed formats a stack trace for each kind of device that
+    has not been used, which would take most of the time, so the generator is seeded itself.
+    """
+    with mock.patch.object(torch, "manual_seed", torch.default_generator.manual_seed):
+        torch.default_generator.manual_seed(0)
+        found = list(op.sample_inputs("cpu", torch.float64, requires_grad=True))
     step = max(1, len(found) / most)
     return (found[int(i * step)] for i in range(min(most, len(found))))
 
@@ -77,7 +82,7 @@ def function_of(op, sample) -> tuple[Callable, list[Tensor]]:
         for i, x in zip(at, leaves, strict=True):
             held[i] = x
         first, args, kwargs = tree_unflatten(held, spec)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         out = sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, first, *args, **kwargs))
         tensors = [y for y in tree_flatten(out)[0] if isinstance(y, Tensor)]
         reals = [torch.view_as_real(y.resolve_conj()) if y.is_complex() else y for y in tensors]
