@@ -594,8 +594,12 @@ def test_an_object_that_cannot_be_read_is_unknown():
     assert "too deeply" in next(iter(parts.of_callable(closing(deep), "measure").unknown.values()))
 
 
+# Without its compiler, which takes seconds to import and is asked for at the first call.
+COMPILE = functools.partial(torch.compile, backend="eager")
+
+
 @pytest.mark.parametrize(
-    "wrap", [torch.no_grad(), torch.func.vmap, functools.lru_cache, functools.partial, torch.compile]
+    "wrap", [torch.no_grad(), torch.func.vmap, functools.lru_cache, functools.partial, COMPILE]
 )
 def test_what_a_wrapped_function_holds_is_no_code(wrap):
     """So `trust=True`, which vouches for code, vouches for no tensor."""
