@@ -1,29 +1,25 @@
 """Bits depend on the thread count, so it is fixed; unit tests also run on CUDA where there is one."""
 
+import contextlib
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import torch
-from torch.overrides import _get_current_function_mode_stack
 
 from tests.support.kernels import use_forks
 
 # Several workers share the cores. What they start, notebooks' kernels among it, takes one thread each, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some eighty processes import PyTorch, which takes six seconds without bytecode and two with it. Some
-# machines are told to write none; the first process writes it for the others all the same.
+# machines are told to write none; whoever comes first writes it for the others all the same.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 use_forks()
-
-# The files of scores that come with chapters must be those of the chapters' runs. What identifies a run has
-# other bytes under another Python, and the files were made under this one, on a CPU.
-if sys.version_info[:2] == (3, 11) and not torch.cuda.is_available():
-    os.environ.setdefault("MAGIC_SHIPPED", "required")
 
 # Files that take long, the longest of them first, so that at the end no worker is left with one.
 LONG = (
@@ -48,17 +44,54 @@ def is_watched(item) -> bool:
     return functions is None or item.originalname in functions
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Stop coverage where it does not watch. pytest-cov's mark for that, no_cover, does nothing in a worker:
-    coverage has been started twice there, and as the second is stopped, the first goes on."""
+def only_starts_workers(config) -> bool:
+    """Whether this process runs no test itself. Without PyTorch it starts them sooner."""
+    return not hasattr(config, "workerinput") and bool(config.getoption("numprocesses", None))
+
+
+def pytest_configure(config):
+    """The files of scores that come with chapters must be those of the chapters' runs. What identifies a run
+    has other bytes under another Python, and the files were made under this one, on a CPU."""
+    if only_starts_workers(config) or sys.version_info[:2] != (3, 11):
+        return
+    with unwatched():
+        import torch
+    if not torch.cuda.is_available():
+        os.environ.setdefault("MAGIC_SHIPPED", "required")
+
+
+@contextlib.contextmanager
+def unwatched():
+    """Stop coverage for a while. pytest-cov's mark for that, no_cover, does nothing in a worker: coverage has
+    been started twice there, and as the second is stopped, the first goes on."""
     tracer = sys.gettrace()
-    if item.config.pluginmanager.hasplugin("_cov") and not is_watched(item):
-        sys.settrace(None)
+    sys.settrace(None)
     try:
-        return (yield)
+        yield
     finally:
         sys.settrace(tracer)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Watch the import of magic, and not that of all that tests use, which takes half as long again."""
+    if only_starts_workers(session.config) or not session.config.pluginmanager.hasplugin("_cov"):
+        return (yield)
+    import magic
+
+    for module in pkgutil.walk_packages(magic.__path__, "magic."):
+        importlib.import_module(module.name)
+    with unwatched():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Stop coverage where it does not watch."""
+    if is_watched(item) or not item.config.pluginmanager.hasplugin("_cov"):
+        return (yield)
+    with unwatched():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,6 +101,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,6 +112,8 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_mode_is_left_behind():
     """Whatever is refused, no TorchFunctionMode stays on PyTorch's stack."""
+    from torch.overrides import _get_current_function_mode_stack
+
     before = len(_get_current_function_mode_stack())
     yield
     assert len(_get_current_function_mode_stack()) == before
@@ -107,6 +144,8 @@ def printed(request):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
+    import torch
+
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
-import torch
-
 # What chapters import. The first optimizer imports torch._dynamo, and that sympy; the first derivative by
 # torch.func.jvp compiles what it does with operations that have none.
 IMPORTS = [
@@ -49,5 +47,7 @@ def _telling(told: Connection, work: Callable, *arguments) -> None:
 
 
 def _alone(work: Callable, *arguments) -> None:
+    import torch
+
     torch.set_num_threads(1)
     work(*arguments)
