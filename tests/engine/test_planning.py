@@ -65,7 +65,7 @@ def peak_of(work):
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_measured_fits(name, memory):
     """From outside: everything that is allocated in a metagradient, its trial and its checks included."""
-    run, measure = RUNS[name](steps=12)
+    run, measure = RUNS[name](steps=8)
     found = []
     peak = peak_of(lambda: found.append(magic.attribute(run, measure, memory=memory, progress=False)))
     (scores,) = found
@@ -81,7 +81,7 @@ def test_what_is_measured_fits(name, memory):
 def test_what_is_asked_beside_the_scores_fits_too(name):
     """The start, every hyper-parameter, and the inputs of all examples."""
     memory = "30MB"
-    run, measure = RUNS[name](steps=12)
+    run, measure = RUNS[name](steps=8)
     of, found = ("start", "hypers", "data"), []
 
     def work():
@@ -96,7 +96,7 @@ def test_what_is_asked_beside_the_scores_fits_too(name):
 @cache
 def with_plenty(name):
     """The scores of a run where memory is no concern."""
-    run, measure = RUNS[name](steps=12)
+    run, measure = RUNS[name](steps=8)
     return magic.attribute(run, measure, memory="4GB", progress=False).values
 
 
