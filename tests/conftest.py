@@ -29,7 +29,8 @@ LONG = (
     "13_language_models.ipynb", "14_what_the_derivative_is_for.ipynb", "test_metagradients.py",
     "test_properties.py", "test_resume.py", "test_outputs.py", "test_gpu_script.py", "test_state_value.py",
     "test_optimizers.py", "test_identity.py", "test_ranks.py", "test_packaging.py", "test_loading.py",
-    "test_operations.py", "test_baselines.py", "test_judging.py",
+    "test_operations.py", "test_baselines.py", "test_judging.py", "test_models.py", "test_threads.py",
+    "test_lora.py", "test_smollm2.py",
 )  # fmt: skip
 
 TESTS = Path(__file__).parent
