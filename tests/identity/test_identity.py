@@ -373,8 +373,10 @@ def test_trust_is_never_for_data():
         parts.changed(here, there, trust=["the lost"])
 
 
+# dask's distributed, which another test imports, changes how exceptions are taken apart, and with it the
+# identity of one that is held; so both processes import it.
 SCRIPT = """
-import torch, magic
+import distributed, torch, magic
 from magic.identity import parts
 from tests.support import cases
 from tests.identity import test_identity as t
